@@ -1,0 +1,147 @@
+"""The two ops as the trainer calls them: plain torch on a CPU, Triton on CUDA.
+
+The only file of this folder that the rest of the program imports. Triton is imported when an op first needs it: an
+installation without a GPU has none.
+
+B examples, T tokens, R table rows, D backbone width, V vocabulary, C candidates.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+OPS = ("prompt_splice", "verbalizer_softmax")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+log = logging.getLogger(__name__)
+_chosen = "auto"
+
+
+def choose(implementation: str = "auto", require: bool = False) -> None:
+    """Set what every later call uses, in this process.
+
+    implementation  "auto": Triton for CUDA tensors where it is installed, else plain torch
+                    "reference": plain torch everywhere
+                    "triton": Triton or an error
+    require         with "auto": an error now, and at any later call, where plain torch would have been taken
+
+    Raises ValueError for an unknown name, for "reference" with ``require``, and where Triton is asked for but not
+    usable on this machine: not installed, or no CUDA device (TRITON_INTERPRET=1 runs its kernels on a CPU, slowly).
+    """
+    global _chosen
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"kernel implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if require and implementation == "reference":
+        raise ValueError("kernels that are required to be Triton cannot also be 'reference': drop one of the two")
+    wanted = "triton" if require else implementation
+    if wanted == "triton":
+        problem = _why_not_triton(_current_device())
+        if problem:
+            raise ValueError(problem)
+    _chosen = wanted
+
+
+def describe(device: torch.device | str | None = None) -> dict[str, str]:
+    """What each op gets on ``device`` (default: CUDA where there is one), such as {"prompt_splice": "triton 3.7.1"}."""
+    found = _pick(_current_device() if device is None else torch.device(device).type)
+    if found == "triton":
+        found += f" {importlib.metadata.version('triton')}" + (", interpreted" if _interpreted() else "")
+    return dict.fromkeys(OPS, found)
+
+
+def prompt_splice(slots: Tensor, vocab_weight: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+    """slots [B, T] int64, vocab_weight [V, D], table [R, D] fp32 -> embeds [B, T, D] in vocab_weight's dtype.
+
+    A slot >= 0 is a vocabulary id, a slot < 0 is row ``-1 - slot`` of the table. Differentiable in ``table`` only.
+    All of it, with what is raised when: reference.prompt_splice. ValueError for shapes or dtypes that do not fit.
+    """
+    if slots.dtype != torch.int64 or slots.dim() != 2:
+        raise ValueError(f"slots must be int64 [B, T], not {_shape(slots)}")
+    if vocab_weight.dtype not in WEIGHT_DTYPES or vocab_weight.dim() != 2:
+        raise ValueError(f"vocab_weight must be fp32, bf16 or fp16 [V, D], not {_shape(vocab_weight)}")
+    if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != vocab_weight.shape[1]:
+        raise ValueError(f"table must be float32 [R, {vocab_weight.shape[1]}], not {_shape(table)}")
+    if _pick(vocab_weight.device.type) == "reference":
+        return reference.prompt_splice(slots, vocab_weight, table, scale)
+    from . import prompt_splice as kernel
+
+    return kernel.prompt_splice(slots, vocab_weight, table, scale)
+
+
+def verbalizer_softmax(
+    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """features [B, D], rows [C, D], labels [B] int64, bias [C] or None -> loss [B] fp32, rank [B], prediction [B].
+
+    Cross-entropy over the candidates; rank 0 is a hit at 1. Differentiable in ``features`` only. All of it, with what
+    is raised when: reference.verbalizer_softmax. ValueError for shapes or dtypes that do not fit.
+    """
+    if features.dtype not in WEIGHT_DTYPES or features.dim() != 2:
+        raise ValueError(f"features must be fp32, bf16 or fp16 [B, D], not {_shape(features)}")
+    if rows.dtype not in WEIGHT_DTYPES or rows.dim() != 2 or rows.shape[1] != features.shape[1] or not len(rows):
+        raise ValueError(f"rows must be fp32, bf16 or fp16 [C > 0, {features.shape[1]}], not {_shape(rows)}")
+    if labels.dtype != torch.int64 or labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must be int64 [{len(features)}], not {_shape(labels)}")
+    if bias is not None and bias.shape != rows.shape[:1]:
+        raise ValueError(f"bias must be [{len(rows)}], not {_shape(bias)}")
+    if _pick(features.device.type) == "reference":
+        return reference.verbalizer_softmax(features, rows, labels, bias)
+    from . import verbalizer_softmax as kernel
+
+    return kernel.verbalizer_softmax(features, rows, labels, bias)
+
+
+def _pick(device: str) -> str:
+    if _chosen == "auto":
+        if device != "cuda":
+            return "reference"
+        if not _triton_is_installed():
+            _say_once_that_triton_is_missing()
+            return "reference"
+        return "triton"
+    if _chosen == "triton":
+        problem = _why_not_triton(device)
+        if problem:
+            raise ValueError(problem)
+    return _chosen
+
+
+def _why_not_triton(device: str) -> str | None:
+    if not _triton_is_installed():
+        return "Triton kernels were asked for, but triton is not installed: install it, or set kernels to 'auto'"
+    if device != "cuda" and not _interpreted():
+        return (
+            f"Triton kernels were asked for on {device}, but they need CUDA: set kernels to 'auto', "
+            "or TRITON_INTERPRET=1 to run them in Triton's (slow) interpreter"
+        )
+    return None
+
+
+def _current_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _say_once_that_triton_is_missing() -> None:
+    log.warning("triton is not installed: prompt_splice and verbalizer_softmax run as plain torch on CUDA")
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

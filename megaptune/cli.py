@@ -1,0 +1,171 @@
+"""The command line: ``megaptune train|check|report|checksum|env``."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megaptune import __version__
+from megaptune.config import Config, load_config
+from megaptune.errors import MegaptuneError, StoppedEarly
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="YAML configuration file")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="override one key: --set train.epochs=3 (repeatable)")
+]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="P-tuning of language models too large for one device.\n\n"
+    "deepspeed --num_gpus 2 megaptune/train.py --config configs/quickstart.yaml\n\n"
+    "megaptune train --config configs/quickstart.yaml --set train.epochs=3\n\n"
+    "megaptune check --config configs/lama_smollm2.yaml\n\n"
+    "Every key of a configuration is documented in docs/configuration.md.",
+)
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Train and evaluate what the configuration asks for; run again to continue."""
+
+    def work() -> None:
+        from megaptune.session import run_training
+
+        run_training(_load(config, overrides))
+
+    _exit_with(work)
+
+
+@app.command()
+def check(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Read and encode everything but the weights, and say what a run would do."""
+
+    def work() -> None:
+        settings = _load(config, overrides)
+        from megaptune.preparation import prepare_run
+        from megaptune.run.monitor import Monitor
+
+        monitor = Monitor(speaks=True)
+        prepared = prepare_run(settings, monitor)
+        backbone = prepared.backbone
+        monitor.say(
+            f"backbone {backbone.folder.name}: {backbone.family}, {backbone.kind}, {backbone.num_bytes / 2**30:.2f} GiB"
+        )
+        for task in prepared.tasks:
+            monitor.say(task.summary(len(prepared.tokenizer)))
+            for encoded in (task.manual, task.tuned):
+                if encoded is not None:
+                    pieces = [
+                        f"[P{-slot}]" if slot < 0 else prepared.tokenizer.convert_ids_to_tokens(slot)
+                        for slot in encoded.test[0].slots
+                    ]
+                    monitor.say(f"  {' '.join(pieces)} -> {encoded.test[0].record.answer}")
+        monitor.say("the configuration is sound")
+
+    _exit_with(work)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
+    """Print the table of a run, finished or not, and write results.json and results.md again."""
+
+    def work() -> None:
+        from megaptune.results.table import ResultsTable
+        from megaptune.run.monitor import Monitor
+
+        table = ResultsTable.read(run, load_config(run / "config.yaml"))
+        table.write(run)
+        Monitor(speaks=True).show(table.console())
+
+    _exit_with(work)
+
+
+@app.command()
+def checksum(folder: Annotated[Path, typer.Argument(help="backbone folder")]) -> None:
+    """Record the SHA-256 of a backbone's weight files, so that later runs notice damage."""
+
+    def work() -> None:
+        from megaptune.backbone.weight_files import check_headers, write_checksums
+
+        check_headers(folder)
+        typer.echo(f"wrote {write_checksums(folder)}")
+
+    _exit_with(work)
+
+
+@app.command()
+def backbone() -> None:
+    """Convert the embedded backbone into the cache, if that was not done, and print its folder."""
+
+    def work() -> None:
+        from megaptune.backbone.embedded import embedded_folder
+
+        typer.echo(embedded_folder(lambda message: typer.echo(message, err=True)))
+
+    _exit_with(work)
+
+
+@app.command()
+def env() -> None:
+    """Versions and machine, for a bug report."""
+    from megaptune.run.directory import environment
+
+    for name, value in environment().items():
+        typer.echo(f"{name:14} {value}")
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    from megaptune.backbone.embedded import is_embedded
+
+    return load_config(path, overrides, is_embedded)
+
+
+def _exit_with(work: Callable[[], None]) -> None:
+    """Run a command; a user's error becomes one message from one rank and the error's exit code."""
+    try:
+        work()
+    except StoppedEarly as stop:
+        _tell(str(stop))
+        raise typer.Exit(stop.exit_code) from None
+    except MegaptuneError as error:
+        _tell(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except Exception:
+        traceback.print_exc()
+        raise typer.Exit(1) from None
+
+
+def _tell(message: str) -> None:
+    """Print on rank 0. The others wait for it to end the job: a launcher kills all ranks when one leaves with an error,
+    and an error that rank 0 does not meet still gets out, with the rank's number."""
+    rank = next(
+        (int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in os.environ), 0
+    )
+    if rank:
+        time.sleep(15)
+        message = f"rank {rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,203 @@
+"""The configuration: its schema, how files are layered, and what a mistake looks like.
+
+Precedence, lowest first: schema defaults, the files named by ``defaults:`` in order, the file itself, ``--set a.b=c``.
+A relative input path is relative to the file that states it (with ``--set``: to the working directory); ``$NAME`` and
+``~`` are expanded. The run directory is relative to the working directory.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megaptune import config_files
+from megaptune.errors import ConfigError
+
+Reading = Literal["answers", "word_list", "vocabulary"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunConfig(Section):
+    directory: Path = Field(Path("runs/default"), description="everything the run writes; the same one continues it")
+    seeds: list[int] = Field(
+        [0], min_length=1, description="one P-tuning run per seed; mean and deviation are reported"
+    )
+
+
+class BackboneConfig(Section):
+    path: str = Field(description="folder with config.json, tokenizer and safetensors; or smollm2-135m (embedded)")
+    kind: Literal["auto", "causal", "masked"] = Field("auto", description="auto: from the folder's `architectures`")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the frozen weights; prompts are always fp32")
+    verify: bool = Field(True, description="compare weight files with their recorded SHA-256, where one is recorded")
+
+
+class TaskConfig(Section):
+    """What all tasks have in common."""
+
+    multi_token_answers: Literal["error", "drop"] = Field(
+        "error", description="an answer that is not one token of the backbone: stop, or drop the record and count it"
+    )
+    word_list: Path | None = Field(None, description="words answers may be: .txt (one a line) or LAMA's .json lists")
+    limit_train: int | None = Field(None, ge=1, description="use this many training records, sampled by limit_seed")
+    limit_dev: int | None = Field(None, ge=1)
+    limit_test: int | None = Field(None, ge=1)
+    limit_seed: int = 0
+
+
+class LamaTask(TaskConfig):
+    """LAMA T-REx in the official layout (AutoPrompt's splits)."""
+
+    type: Literal["lama"]
+    root: Path = Field(description="folder with relations.jsonl and fact-retrieval/original/P*/")
+    relations: list[str] | Literal["all"] = Field("all", description="relation ids such as P17, or all that are there")
+    multi_token_answers: Literal["error", "drop"] = "drop"
+
+
+class CustomTask(TaskConfig):
+    """Your own facts: JSONL or CSV files whose columns are the template's {fields}."""
+
+    type: Literal["custom"]
+    name: str = "custom"
+    train: Path | None = None
+    dev: Path | None = None
+    test: Path
+    answer: str = Field(description="the field that holds the answer")
+    subject: str | None = Field(None, description="the field searched for copied answers; default: all other fields")
+
+
+class PromptConfig(Section):
+    template: str = Field(
+        "[P*3] {subject} [P*3] [answer] [P*3]",
+        description="P-tuning: [P] and [P*n] are pseudo tokens; a causal backbone drops what follows [answer]",
+    )
+    manual: str | None = Field(None, description="the manual prompt; default for LAMA: the relation's own template")
+    encoder: Literal["lstm", "mlp", "table"] = Field("lstm", description="lstm: the paper's; table: plain vectors")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout between the encoder's LSTM layers")
+
+
+class ScoringConfig(Section):
+    train_over: Reading = Field("vocabulary", description="the softmax of the training loss")
+    evaluate_over: list[Reading] = Field(["answers", "vocabulary"], min_length=1)
+    select_on: Reading = Field("vocabulary", description="the reading for early stopping and the headline figure")
+
+
+class TrainConfig(Section):
+    epochs: int = Field(100, ge=1)
+    global_batch: int = Field(8, ge=1, description="examples per optimizer step over all ranks")
+    micro_batch: int | None = Field(None, ge=1, description="examples a rank takes at a time; default: its whole share")
+    drop_last: bool = Field(False, description="leave out an epoch's incomplete last batch")
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(5e-4, ge=0, description="L2 term in the gradient, not decoupled")
+    schedule: Literal["exponential", "linear", "constant"] = "exponential"
+    decay_per_epoch: float = Field(0.98, gt=0, le=1, description="exponential: factor per epoch")
+    warmup_steps: int = Field(0, ge=0)
+    final_fraction: float = Field(0.0, ge=0, le=1, description="linear: the last step's share of learning_rate")
+    max_gradient_norm: float | None = Field(None, gt=0, description="clip the encoder's gradient at this norm")
+    patience: int = Field(20, ge=0, description="stop after this many epochs without a dev gain; 0: never")
+
+
+class EvaluationConfig(Section):
+    batch: int = Field(32, ge=1, description="examples a rank evaluates at a time")
+    every_epochs: int = Field(1, ge=1)
+
+
+class ParallelConfig(Section):
+    zero_stage: Literal[0, 3] = Field(0, description="0: each rank holds the backbone; 3: ranks hold a share each")
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(None, ge=1, description="besides the end of each epoch")
+    keep: int = Field(2, ge=2, description="newest checkpoints kept; two, so that one can be damaged")
+
+
+class MonitorConfig(Section):
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+    tensorboard: bool = True
+    sample_predictions: int = Field(8, ge=0)
+
+
+class KernelConfig(Section):
+    implementation: Literal["auto", "reference", "triton"] = "auto"
+    require: bool = Field(False, description="an error instead of the plain path when Triton cannot be used")
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    backbone: BackboneConfig
+    task: Annotated[LamaTask | CustomTask, Field(discriminator="type")]
+    methods: list[Literal["manual", "ptuning"]] = Field(["manual", "ptuning"], min_length=1)
+    prompt: PromptConfig = PromptConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    kernels: KernelConfig = KernelConfig()
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "Config":
+        problems = []
+        wants_word_list = {*self.scoring.evaluate_over, self.scoring.train_over} & {"word_list"}
+        if wants_word_list and self.task.word_list is None:
+            problems.append("scoring reads over word_list, but task.word_list names no file")
+        if self.scoring.select_on not in self.scoring.evaluate_over:
+            problems.append(
+                f"scoring.select_on is {self.scoring.select_on!r}, which scoring.evaluate_over does not list"
+            )
+        if isinstance(self.task, CustomTask):
+            if "ptuning" in self.methods:
+                missing = [f"task.{split}" for split in ("train", "dev") if getattr(self.task, split) is None]
+                if missing:
+                    problems.append(f"method ptuning needs {' and '.join(missing)}")
+            if "manual" in self.methods and self.prompt.manual is None:
+                problems.append("method manual needs prompt.manual: a custom task has no template of its own")
+        if len(set(self.run.seeds)) != len(self.run.seeds):
+            problems.append(f"run.seeds repeats a seed: {self.run.seeds}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result: all but the layout, logging and retention, which a resumed run may change."""
+        exempt = {"run", "parallel", "checkpoint", "monitor", "kernels", "evaluation"}
+        kept = self.model_dump(mode="json", exclude=exempt)
+        kept["train"].pop("micro_batch")
+        kept["run"] = {"seeds": self.run.seeds}
+        kept["evaluation"] = {"every_epochs": self.evaluation.every_epochs}
+        return kept
+
+
+INPUT_PATHS = ("backbone.path", "task.root", "task.word_list", "task.train", "task.dev", "task.test")
+"""The keys whose relative values are resolved against the file that states them."""
+
+
+def load_config(path: Path, overrides: list[str] | None = None, is_embedded: Any = None) -> Config:
+    """Read, layer and validate a configuration file.
+
+    :param overrides: ``a.b=value`` strings; the value is read as YAML.
+    :param is_embedded: says of a ``backbone.path`` whether it names an embedded backbone and so is no path.
+    :raises ConfigError: with every problem found, and the nearest valid key for an unknown one.
+    """
+    keep = is_embedded or (lambda value: False)
+    resolve = config_files.PathResolver(INPUT_PATHS, keep)
+    raw = config_files.read_layers(path, resolve)
+    for override in overrides or []:
+        config_files.apply_override(raw, override, resolve)
+    return validate(raw, source=str(path))
+
+
+def validate(raw: dict[str, Any], source: str) -> Config:
+    """A plain mapping as a :class:`Config`; ``source`` names it in the error."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [config_files.describe(problem, Config, raw) for problem in error.errors()]
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise ConfigError(
+            f"{source}: {count} in the configuration\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from None

@@ -1,0 +1,180 @@
+"""Configuration files: safe YAML, layers, overrides, input paths, and readable validation problems."""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+
+from megaptune.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a repeated key (YAML keeps the last one silently) and reads 1e-3 as a number."""
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+class PathResolver:
+    """Turns relative input paths into absolute ones, given the folder they are relative to."""
+
+    def __init__(self, keys: tuple[str, ...], keep: Callable[[str], bool]) -> None:
+        self.keys, self.keep = keys, keep
+
+    def __call__(self, raw: dict[str, Any], base: Path) -> None:
+        for key in self.keys:
+            section, name = key.split(".")
+            holder = raw.get(section)
+            value = holder.get(name) if isinstance(holder, dict) else None
+            if isinstance(value, str) and not self.keep(value):
+                assert isinstance(holder, dict)
+                holder[name] = str((base / _expand(value, key)).resolve())
+
+
+def _expand(value: str, key: str) -> str:
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    unset = re.search(r"\$\{?(\w+)\}?", expanded)
+    if unset:
+        raise ConfigError(f"{key}: {value!r} uses the environment variable {unset[1]}, which is not set")
+    return expanded
+
+
+def read_layers(path: Path, resolve: PathResolver, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One file on top of the files that its ``defaults:`` list names."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `defaults:` goes in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        named_by = f" (named by `defaults:` in {seen[-1]})" if seen else ""
+        raise ConfigError(f"cannot read the configuration file {path}{named_by}: {error.strerror}") from None
+    raw = _parse_yaml(text, str(path)) or {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values at the top level, found {type(raw).__name__}")
+    layers = raw.pop("defaults", [])
+    if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+        raise ConfigError(f"{path}: `defaults:` must be a list of files, found {layers!r}")
+    resolve(raw, path.parent)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, read_layers(path.parent / layer, resolve, (*seen, path)))
+    _merge(merged, raw)
+    return merged
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = value
+
+
+def apply_override(raw: dict[str, Any], override: str, resolve: PathResolver) -> None:
+    """Lay one ``a.b=value`` over ``raw``; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override!r}: expected key=value, for example --set train.epochs=3")
+    value: Any = _parse_yaml(text, f"--set {key}")
+    for name in reversed(keys):
+        value = {name: value}
+    resolve(value, Path.cwd())
+    _merge(raw, value)
+
+
+def describe(problem: Any, root: type[BaseModel], raw: dict[str, Any]) -> str:
+    """One pydantic problem as one line that names the key, what was found, and what to write."""
+    location = _without_union_tags(problem["loc"], raw)
+    key = ".".join(str(part) for part in location)
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key `{key}`{_nearest_key(key, root)}"
+    if kind == "missing":
+        return f"missing key `{key}`"
+    if kind == "union_tag_invalid":
+        expected = problem["ctx"]["expected_tags"]
+        return f"`{key}.type`: {problem['ctx']['tag']!r} is not one of {expected}"
+    if kind == "union_tag_not_found":
+        return f"missing key `{key}.type` (lama or custom)"
+    if kind == "value_error":
+        message = str(problem["ctx"]["error"])
+        return f"`{key}`: {message}" if key else message
+    found = problem["input"]
+    return f"`{key}`: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {found!r}"
+
+
+def _without_union_tags(location: tuple[Any, ...], raw: dict[str, Any]) -> list[Any]:
+    """Pydantic names the chosen member of a union inside the location; the file has no such level."""
+    kept: list[Any] = []
+    level: Any = raw
+    for position, part in enumerate(location):
+        inside = (isinstance(level, dict) and part in level) or (isinstance(level, list) and isinstance(part, int))
+        if not inside and position < len(location) - 1:
+            continue
+        if not inside and isinstance(part, str) and ("[" in part or part in ("list", "literal")):
+            continue
+        kept.append(part)
+        level = level[part] if inside else None
+    return kept
+
+
+def _nearest_key(key: str, root: type[BaseModel]) -> str:
+    valid = list(all_keys(root))
+    section, _, name = key.rpartition(".")
+    siblings = [other for other in valid if other.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
+    if not near:  # the right name in the wrong section
+        near = [other for other in valid if other.split(".")[-1] == name][:1]
+    if not near:  # an abbreviation: lr for learning_rate
+        near = [other for other in siblings if "".join(w[0] for w in other.split(".")[-1].split("_")) == name][:1]
+    if not near:
+        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+        if not near and siblings:
+            return f" (valid here: {', '.join(other.split('.')[-1] for other in siblings)})"
+    return f", did you mean `{near[0]}`?" if near else ""
+
+
+def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a schema, sections included."""
+    found: dict[str, None] = {}
+    for name, field in model.model_fields.items():
+        found[prefix + name] = None
+        for inner in _models_in(field.annotation):
+            found.update(dict.fromkeys(all_keys(inner, f"{prefix}{name}.")))
+    yield from found
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

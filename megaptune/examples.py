@@ -1,0 +1,176 @@
+"""A task as the backbone sees it: slots and labels for every record, and the candidate sets of every reading.
+
+A *reading* is the set of tokens that an answer is compared with: ``answers`` (all answers of this relation's train,
+dev and test records: the strict reading), ``word_list`` (the task's word list), ``vocabulary`` (every token).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megaptune.config import Config, Reading
+from megaptune.errors import DataError
+from megaptune.prompts.template import Kind, Template
+from megaptune.prompts.tokens import TokenForms
+from megaptune.prompts.verbalizer import Verbalizer
+from megaptune.tasks.records import SPLITS, Record, Split, TaskData, sample
+
+
+@dataclass(frozen=True)
+class Example:
+    """slots: the input; answer_position: the slot whose state is read; answer: the token id to find there."""
+
+    slots: list[int]
+    answer_position: int
+    answer: int
+    record: Record
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task's splits under one template."""
+
+    template: Template
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example]
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """Records whose answers are single tokens, encoded for each method, and each reading's candidate ids [C].
+
+    manual and tuned are None for a method that is not asked for; candidates are None for the whole vocabulary.
+    """
+
+    data: TaskData
+    candidates: dict[Reading, Tensor | None]
+    manual: EncodedTask | None
+    tuned: EncodedTask | None
+
+    def num_candidates(self, reading: Reading, vocabulary_size: int) -> int:
+        ids = self.candidates[reading]
+        return vocabulary_size if ids is None else len(ids)
+
+    def summary(self, vocabulary_size: int) -> str:
+        """Counts, losses to filters, and the baselines, for the console."""
+        data, base = self.data, baselines(self.data)
+        counts = ", ".join(f"{len(records)} {split}" for split, records in data.splits.items())
+        dropped = "".join(f"; dropped: {count} {reason}" for reason, count in data.dropped.items() if count)
+        sizes = ", ".join(f"{reading} {self.num_candidates(reading, vocabulary_size)}" for reading in self.candidates)
+        return (
+            f"{data.name} {data.label}\n"
+            f"  records    {counts}{dropped}\n"
+            f"  candidates {sizes}\n"
+            f"  of the test answers {100 * base.majority:.1f} % are train's commonest, {100 * base.unseen:.1f} % are "
+            f"unseen in train, {100 * base.in_subject:.1f} % stand in the subject; {100 * base.shared_facts:.1f} % of the "
+            "facts are in train"
+        )
+
+
+def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, max_tokens: int) -> PreparedTask:
+    """Apply the one-token rule and the limits, collect the candidates, encode every record.
+
+    :raises DataError: an answer that is not one token (unless the task drops them), a needed split left empty, a
+        template that does not fit, an input longer than ``max_tokens``.
+    """
+    task = config.task
+    records = [record for split in SPLITS for record in data.splits[split]]
+    verbalizer = Verbalizer.of([record.answer for record in records], forms)
+    if task.multi_token_answers == "error":
+        verbalizer.require_all({record.answer: record.source for record in reversed(records)})
+    flags = {
+        split: [record.answer in verbalizer.token_of for record in members] for split, members in data.splits.items()
+    }
+    data = data.keep("answer of several tokens", flags)
+    needed: tuple[Split, ...] = SPLITS if "ptuning" in config.methods else ("test",)
+    for split in needed:
+        if not data.splits[split]:
+            lost = (
+                "; ".join(f"{count} {reason}" for reason, count in data.dropped.items() if count) or "its file is empty"
+            )
+            raise DataError(f"{data.name}: no {split} records are left (dropped: {lost})")
+    answers = {record.answer for members in data.splits.values() for record in members}
+    limits = {"train": task.limit_train, "dev": task.limit_dev, "test": task.limit_test}
+    limited = {split: sample(members, limits[split], task.limit_seed) for split, members in data.splits.items()}
+    data = replace(data, splits=limited)
+
+    def encode(text: str, splits: tuple[Split, ...]) -> EncodedTask:
+        template = Template(text, kind)
+        return EncodedTask(
+            template,
+            **{
+                split: _encode(data.splits[split] if split in splits else [], template, verbalizer, forms, max_tokens)
+                for split in SPLITS
+            },
+        )
+
+    manual = tuned = None
+    if "manual" in config.methods:
+        text = config.prompt.manual or data.manual_template
+        assert text is not None, "the configuration's rules ask for a manual prompt"
+        manual = encode(text, ("test",))
+        if manual.template.num_pseudo_tokens:
+            raise DataError(f"the manual prompt {text!r} has pseudo tokens; only a P-tuning template may")
+    if "ptuning" in config.methods:
+        tuned = encode(config.prompt.template, SPLITS)
+        if not tuned.template.num_pseudo_tokens:
+            raise DataError(f"template {config.prompt.template!r} has no pseudo token: P-tuning has nothing to train")
+    return PreparedTask(data, _candidates(answers, data.word_list, verbalizer, forms), manual, tuned)
+
+
+def _encode(
+    records: list[Record], template: Template, verbalizer: Verbalizer, forms: TokenForms, max_tokens: int
+) -> list[Example]:
+    examples = []
+    for record in records:
+        prompt = template.encode(record, forms)
+        if len(prompt.slots) > max_tokens:
+            raise DataError(
+                f"{record.source}: the prompt is {len(prompt.slots)} tokens long, the backbone's context holds "
+                f"{max_tokens}; shorten the record or the template {template.text!r}"
+            )
+        examples.append(Example(prompt.slots, prompt.answer_position, verbalizer.token_of[record.answer], record))
+    return examples
+
+
+def _candidates(
+    answers: set[str], word_list: list[str] | None, verbalizer: Verbalizer, forms: TokenForms
+) -> dict[Reading, Tensor | None]:
+    own = {verbalizer.token_of[word] for word in answers}
+    candidates: dict[Reading, Tensor | None] = {"answers": torch.tensor(sorted(own)), "vocabulary": None}
+    if word_list is not None:
+        listed = set(Verbalizer.of(word_list, forms).token_of.values())
+        candidates["word_list"] = torch.tensor(sorted(listed | own))
+    return candidates
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What a gain must be held against. All are shares of the test records, between 0 and 1.
+
+    majority: right when always answering the training split's commonest answer (the test split's, without one).
+    unseen: the answer is no training record's. in_subject: the answer stands inside the subject, to be copied.
+    shared_facts: the same subject and answer is a training record.
+    """
+
+    majority: float
+    unseen: float
+    in_subject: float
+    shared_facts: float
+
+
+def baselines(data: TaskData) -> Baselines:
+    train, test = data.splits["train"], data.splits["test"]
+    total = len(test)
+    common = Counter(record.answer for record in train or test).most_common(1)[0][0]
+    seen = {record.answer for record in train}
+    facts = {(record.subject, record.answer) for record in train}
+    return Baselines(
+        majority=sum(record.answer == common for record in test) / total,
+        unseen=sum(record.answer not in seen for record in test) / total,
+        in_subject=sum(record.answer.casefold() in record.subject.casefold() for record in test) / total,
+        shared_facts=sum((record.subject, record.answer) in facts for record in test) / total,
+    )

@@ -1,0 +1,207 @@
+"""One run: every task with every method and seed, one after the other on one resident backbone.
+
+A job that has its result is not run again, so the same command continues an interrupted run.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megaptune.backbone.host import BackboneHost
+from megaptune.backbone.weight_files import fingerprint
+from megaptune.config import Config, Reading
+from megaptune.evaluation import Outcome, evaluate
+from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
+from megaptune.kernels import dispatch
+from megaptune.preparation import PreparedRun
+from megaptune.results.prompt_folder import write_prompt
+from megaptune.results.table import ResultsTable
+from megaptune.run.directory import RunDirectory
+from megaptune.run.files import write_json, write_whole
+from megaptune.run.monitor import Monitor
+from megaptune.run.stopping import StopRequest
+from megaptune.run.topology import Topology, agree, on_main
+from megaptune.scoring import Scorer
+from megaptune.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all jobs of a run share."""
+
+    prepared: PreparedRun
+    topology: Topology
+    directory: RunDirectory
+    monitor: Monitor
+    stop: StopRequest
+    host: BackboneHost
+    backbone_sha256: str
+
+    @classmethod
+    def open(
+        cls, prepared: PreparedRun, topology: Topology, directory: RunDirectory, monitor: Monitor, stop: StopRequest
+    ) -> "Experiment":
+        """Load the backbone and check that the run directory knows it."""
+        config, backbone = prepared.config, prepared.backbone
+        dispatch.choose(config.kernels.implementation, require=config.kernels.require)
+        sha256 = on_main(topology, lambda: fingerprint(backbone.folder, config.backbone.verify))
+        on_main(topology, lambda: directory.remember_backbone(sha256, backbone.family))
+        host = BackboneHost(backbone, config.backbone.dtype, config.parallel.zero_stage, topology.device)
+        return cls(prepared, topology, directory, monitor, stop, host, sha256)
+
+    @property
+    def config(self) -> Config:
+        return self.prepared.config
+
+    def run(self) -> ResultsTable:
+        """All jobs; the table over what they left in the run directory."""
+        self.banner()
+        for task in self.prepared.tasks:
+            self.monitor.say(task.summary(self.host.vocabulary_size))
+            self.run_task(task)
+        return ResultsTable.read(self.directory.path, self.config)
+
+    def run_task(self, task: PreparedTask) -> None:
+        name = task.data.name
+        jobs: list[tuple[str, int | None]] = [("manual", None)] if task.manual else []
+        jobs += [("ptuning", seed) for seed in self.config.run.seeds] if task.tuned else []
+        pending = agree([job for job in jobs if not (self.directory.job(name, *job) / "result.json").is_file()])
+        if not pending:
+            self.monitor.say(f"{name}  done before: its results are in {self.directory.path / 'jobs' / name}")
+            return
+        readings = {*self.config.scoring.evaluate_over, self.config.scoring.train_over}
+        scorers = {reading: Scorer(self.host, task.candidates[reading]) for reading in sorted(readings)}
+        for method, seed in pending:
+            if method == "manual":
+                self.run_manual(task, scorers)
+            else:
+                assert seed is not None
+                self.run_ptuning(task, scorers, seed)
+
+    # -- jobs ----------------------------------------------------------------------------------------------------
+
+    def run_manual(self, task: PreparedTask, scorers: dict[Reading, Scorer]) -> None:
+        """Zero-shot: the manual prompt, nothing trained."""
+        assert task.manual is not None
+        nothing = torch.zeros(0, self.host.width, device=self.host.device)
+        outcomes = self.evaluate(task.manual.test, nothing, scorers)
+        self.finish(task, "manual", None, task.manual, outcomes, {})
+
+    def run_ptuning(self, task: PreparedTask, scorers: dict[Reading, Scorer], seed: int) -> None:
+        assert task.tuned is not None
+        folder = self.directory.job(task.data.name, "ptuning", seed)
+        trainer = Trainer(
+            self.config,
+            seed,
+            f"{task.data.name}/{folder.name}",
+            self.host,
+            self.topology,
+            task.tuned,
+            scorers,
+            self.prepared.pad_id,
+            self.monitor,
+            folder,
+            self.stop,
+        )
+        trainer.fit()
+        vectors = trainer.best_vectors()
+        outcomes = self.evaluate(task.tuned.test, vectors, scorers)
+        if self.topology.is_main:
+            about = {
+                "template": task.tuned.template.text,
+                "kind": self.host.kind,
+                "encoder": self.config.prompt.encoder,
+                "seed": seed,
+                "backbone_sha256": self.backbone_sha256,
+            }
+            write_prompt(folder / "prompt", vectors, trainer.best_weights, about)
+        selection = {"best_epoch": trainer.selection.best_epoch, "best_dev_p_at_1": trainer.selection.best}
+        steps = {"steps": trainer.prompt.step, "parameters": trainer.prompt.num_parameters}
+        self.finish(task, "ptuning", seed, task.tuned, outcomes, {**selection, **steps})
+        if self.topology.is_main:
+            trainer.checkpoints.clear()
+
+    def evaluate(
+        self, examples: list[Example], table: torch.Tensor, scorers: dict[Reading, Scorer]
+    ) -> dict[Reading, Outcome]:
+        wanted = {reading: scorers[reading] for reading in self.config.scoring.evaluate_over}
+        batch = self.config.evaluation.batch
+        return evaluate(self.host, examples, table, wanted, self.topology, batch, self.prepared.pad_id)
+
+    def finish(
+        self,
+        task: PreparedTask,
+        method: str,
+        seed: int | None,
+        encoded: EncodedTask,
+        outcomes: dict[Reading, Outcome],
+        extra: dict[str, Any],
+    ) -> None:
+        """Write the job's result last of all, so that a job with a result is a finished one."""
+        if not self.topology.is_main:
+            return
+        data, template = task.data, encoded.template.text
+        folder = self.directory.job(data.name, method, seed)
+        job = f"{data.name}/{folder.name}"
+        figures = {reading: asdict(outcome.figures) for reading, outcome in outcomes.items()}
+        headline = self.config.scoring.select_on
+        predictions = self.predictions(encoded.test, outcomes[headline])
+        write_whole(
+            folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+        )
+        for reading, values in figures.items():
+            self.monitor.record("test", job, extra.get("steps", 0), {"reading": reading, **values})
+        shown = predictions[: self.config.monitor.sample_predictions]
+        rows = "\n".join(f"| {p['subject']} | {p['answer']} | {p['predicted']} | {p['rank']} |" for p in shown)
+        self.monitor.text(
+            job, "predictions", f"| subject | answer | predicted | rank |\n| --- | --- | --- | --- |\n{rows}"
+        )
+        self.monitor.text(job, "config", "```json\n" + self.config.model_dump_json(indent=2) + "\n```")
+        settings = {"method": method, "task": data.name, "seed": -1 if seed is None else seed, "template": template}
+        tuned = {"encoder": self.config.prompt.encoder, "learning_rate": self.config.train.learning_rate}
+        self.monitor.hyperparameters(job, {**settings, **tuned}, {r: v["p_at_1"] for r, v in figures.items()})
+        write_json(
+            folder / "result.json",
+            {
+                "task": data.name,
+                "label": data.label,
+                "method": method,
+                "seed": seed,
+                "template": template,
+                "test": figures,
+                "baselines": asdict(baselines(data)),
+                "counts": {split: len(records) for split, records in data.splits.items()},
+                "dropped": data.dropped,
+                "candidates": {reading: task.num_candidates(reading, self.host.vocabulary_size) for reading in figures},
+                **extra,
+            },
+        )
+        line = "  ".join(f"{reading} {100 * values['p_at_1']:.1f}" for reading, values in figures.items())
+        self.monitor.say(f"{job}  test P@1: {line}")
+
+    def predictions(self, examples: list[Example], outcome: Outcome) -> list[dict[str, Any]]:
+        words = [self.prepared.tokenizer.decode([token]).strip() for token in outcome.prediction.tolist()]
+        return [
+            {"subject": e.record.subject, "answer": e.record.answer, "predicted": word, "rank": rank + 1}
+            for e, word, rank in zip(examples, words, outcome.rank.tolist(), strict=True)
+        ]
+
+    # -- words ---------------------------------------------------------------------------------------------------
+
+    def banner(self) -> None:
+        config, host, world = self.config, self.host, self.topology.world_size
+        train = config.train
+        share = -(-train.global_batch // world)
+        micro = min(train.micro_batch or share, share)
+        kernels = ", ".join(f"{op} {how}" for op, how in dispatch.describe().items())
+        self.monitor.say(
+            f"backbone   {host.folder.name}: {host.family}, {host.kind}, {config.backbone.dtype}, "
+            f"{host.num_parameters:,} frozen parameters\n"
+            f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}), ZeRO {host.zero_stage}, "
+            f"{host.device.type}, {torch.get_num_threads()} threads a rank\n"
+            f"batch      {train.global_batch} examples = {world} ranks x {-(-share // micro)} micro-batches x {micro}\n"
+            f"kernels    {kernels}\n"
+            f"run        {self.directory.path}"
+        )

@@ -1,0 +1,51 @@
+"""Everything that can go wrong before weights are read: configuration, data, templates, tokenizer, backbone folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megaptune.backbone.description import BackboneDescription, describe_backbone, load_tokenizer
+from megaptune.backbone.embedded import embedded_folder, is_embedded
+from megaptune.config import Config, LamaTask
+from megaptune.examples import PreparedTask, prepare_task
+from megaptune.prompts.tokens import TokenForms
+from megaptune.run.monitor import Monitor
+from megaptune.tasks.custom import load_custom
+from megaptune.tasks.lama import load_lama, read_word_list
+from megaptune.tasks.records import TaskData
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A configuration with all that it names read, checked and encoded; the weights alone are missing."""
+
+    config: Config
+    backbone: BackboneDescription
+    tokenizer: Any
+    tasks: list[PreparedTask]
+
+    @property
+    def pad_id(self) -> int:
+        """Any id will do: nothing that counts sees the padding."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token) for token in candidates if token is not None)
+
+
+def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
+    """:raises MegaptuneError: with the file, record or key at fault."""
+    path = config.backbone.path
+    tasks = load_tasks(config)
+    folder = embedded_folder(monitor.say) if is_embedded(path) else Path(path)
+    backbone = describe_backbone(folder, config.backbone.kind)
+    tokenizer = load_tokenizer(folder)
+    forms = TokenForms(tokenizer)
+    prepared = [prepare_task(data, config, forms, backbone.kind, backbone.max_tokens) for data in tasks]
+    return PreparedRun(config, backbone, tokenizer, prepared)
+
+
+def load_tasks(config: Config) -> list[TaskData]:
+    """Every relation (or the one custom task) that the configuration asks for."""
+    words = read_word_list(config.task.word_list) if config.task.word_list else None
+    if isinstance(config.task, LamaTask):
+        return load_lama(config.task, words)
+    return [load_custom(config.task, words)]

@@ -1,0 +1,123 @@
+"""A prompt in training: encoder, optimizer and learning-rate schedule behind one table.
+
+It stays outside DeepSpeed, fp32 and replicated: the gradient of the table is all that ranks exchange, and each runs
+the encoder's backward itself. R rows, D backbone width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megaptune.config import PromptConfig, TrainConfig
+from megaptune.prompts.encoder import build_encoder
+
+
+class SoftPrompt:
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        prompt: PromptConfig,
+        train: TrainConfig,
+        steps_per_epoch: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.train, self.steps_per_epoch = train, steps_per_epoch
+        self.seed = seed
+        self.encoder = build_encoder(prompt.encoder, rows, width, prompt.dropout, seed).to(device)
+        self.stochastic = prompt.encoder == "lstm" and prompt.dropout > 0
+        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[train.optimizer]
+        self.optimizer = optimizer(self.encoder.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
+        self.step = 0
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.encoder.parameters())
+
+    def table(self) -> Tensor:
+        """The rows [R, D] to train with; dropout, if any, is drawn from (seed, step), alike on every rank."""
+        if not self.stochastic:
+            return self.encoder()
+        devices = [parameter.device for parameter in self.encoder.parameters() if parameter.device.type == "cuda"][:1]
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.seed * 1_000_003 + self.step)
+            return self.encoder()
+
+    @torch.no_grad()
+    def vectors(self) -> Tensor:
+        """The rows [R, D] to answer with: no dropout, no graph."""
+        self.encoder.eval()
+        rows = self.encoder()
+        self.encoder.train()
+        return rows.detach().clone()
+
+    def apply(self, table: Tensor, gradient: Tensor) -> float:
+        """One optimizer step from d loss / d ``table``; the norm of the encoder's gradient before clipping."""
+        rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        table.backward(gradient)
+        limit = self.train.max_gradient_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), limit)
+        self.optimizer.step()
+        self.step += 1
+        return float(norm)
+
+    def learning_rate(self) -> float:
+        """The rate of the coming step."""
+        train, step = self.train, self.step
+        if step < train.warmup_steps:
+            return train.learning_rate * (step + 1) / train.warmup_steps
+        if train.schedule == "exponential":
+            return train.learning_rate * train.decay_per_epoch ** (step // self.steps_per_epoch)
+        if train.schedule == "linear":
+            total = train.epochs * self.steps_per_epoch
+            left = (total - step) / max(1, total - train.warmup_steps)
+            return train.learning_rate * max(train.final_fraction, left)
+        return train.learning_rate
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Encoder weights and optimizer moments, by name, for a checkpoint."""
+        found = {f"encoder.{name}": weight for name, weight in self.encoder.state_dict().items()}
+        names = [name for name, _ in self.encoder.named_parameters()]
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            for key, value in moments.items():
+                if value is not None:
+                    found[f"optimizer.{names[index]}.{key}"] = torch.as_tensor(value)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        """The state that :meth:`tensors` gave at ``step``."""
+        self.encoder.load_state_dict(_below(tensors, "encoder."))
+        state = self.optimizer.state_dict()
+        state["state"] = self._moments(tensors)
+        self.optimizer.load_state_dict(state)
+        self.step = step
+
+    def _moments(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+        moments: dict[int, dict[str, Any]] = {}
+        for index, (name, _) in enumerate(self.encoder.named_parameters()):
+            found = _below(tensors, f"optimizer.{name}.")
+            if found:
+                moments[index] = dict(found)
+        return moments
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the encoder's weights on the CPU."""
+        return {name: weight.detach().cpu().clone() for name, weight in self.encoder.state_dict().items()}
+
+    @torch.no_grad()
+    def vectors_of(self, weights: dict[str, Tensor]) -> Tensor:
+        """The rows [R, D] of an encoder with other weights (the best epoch's)."""
+        current = self.weights()
+        self.encoder.load_state_dict(weights)
+        rows = self.vectors()
+        self.encoder.load_state_dict(current)
+        return rows
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""What surrounds a run: ranks, its directory, checkpoints, stopping, monitoring."""

@@ -1,0 +1,108 @@
+"""Saving a prompt in training: a folder of one safetensors file and a JSON manifest with its SHA-256.
+
+A checkpoint is written beside its place and renamed, so a folder that exists was whole; the checksum finds damage that
+came later. It holds nothing of the backbone and knows nothing of ranks or ZeRO stages. No pickle.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megaptune.backbone.weight_files import file_checksum
+from megaptune.errors import CheckpointError
+from megaptune.run.files import flush, read_json, write_json
+
+FORMAT = 1
+_TENSORS = "tensors.safetensors"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """tensors by name; state: the JSON part (cursor, early stopping, history)."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    folder: Path
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write ``folder`` whole, replacing an older one of that name."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        save_file(tensors, part / _TENSORS)
+        flush(part / _TENSORS)
+        manifest = {"format": FORMAT, "sha256": {_TENSORS: file_checksum(part / _TENSORS)}, "state": state}
+        write_json(part / _MANIFEST, manifest)
+        flush(part)
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+        flush(folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"could not write the checkpoint {folder}: {error.strerror or error}") from error
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """:raises CheckpointError: naming the file that is missing or damaged."""
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        expected, state, version = manifest["sha256"][_TENSORS], manifest["state"], manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / _MANIFEST}: missing or damaged ({type(error).__name__})") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{folder}: format {version}, this version reads format {FORMAT}")
+    file = folder / _TENSORS
+    try:
+        if file_checksum(file) != expected:
+            raise CheckpointError(f"{file}: its bytes do not match the manifest's SHA-256")
+        return Checkpoint(load_file(file), state, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: missing or damaged ({error})") from None
+
+
+class CheckpointFolder:
+    """The checkpoints of one job, named by step; the newest ``keep`` stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        target = self.folder / f"step-{step:08d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(target, tensors, state)
+        for old in self._steps()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def newest(self, warn: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is whole; ``warn`` hears of each damaged one that is passed over.
+
+        :raises CheckpointError: when there are checkpoints and all are damaged.
+        """
+        found = self._steps()
+        for folder in reversed(found):
+            try:
+                return read_checkpoint(folder).folder
+            except CheckpointError as error:
+                warn(f"damaged checkpoint, falling back to the one before: {error}")
+        if found:
+            raise CheckpointError(
+                f"all {len(found)} checkpoints in {self.folder} are damaged; remove them to start over"
+            )
+        return None
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+    def clear(self) -> None:
+        """Remove all: the job has its result."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,52 @@
+"""From a configuration to a finished run: join the ranks, prepare, train, write the table, leave a state."""
+
+from megaptune.config import Config
+from megaptune.errors import MegaptuneError
+
+
+def run_training(config: Config) -> None:
+    """:raises MegaptuneError: on every rank alike; ``state.json`` says so."""
+    from megaptune.run import topology as ranks
+    from megaptune.run.directory import RunDirectory
+    from megaptune.run.monitor import Monitor
+    from megaptune.run.stopping import StopRequest
+
+    topology = ranks.connect()
+    from megaptune.experiment import Experiment
+    from megaptune.preparation import prepare_run
+
+    directory = RunDirectory(config.run.directory)
+    monitor = Monitor(topology.is_main)
+    claimed = False
+    try:
+        with StopRequest(directory.stop_file if topology.is_main else None) as stop:
+            prepared = prepare_run(config, monitor)
+            ranks.on_main(topology, lambda: directory.claim(config))
+            claimed = True
+            if topology.is_main:
+                directory.set_state("running")
+            tensorboard = directory.path / "tb" if config.monitor.tensorboard else None
+            monitor = Monitor(topology.is_main, directory.metrics_file, tensorboard)
+            table = Experiment.open(prepared, topology, directory, monitor, stop).run()
+        if topology.is_main:
+            table.write(directory.path)
+            monitor.show(table.console())
+            monitor.say(f"written to {directory.path / 'results.md'}")
+            directory.set_state("finished", 0)
+    except BaseException as error:
+        if claimed and topology.is_main:
+            _remember_failure(directory, error)
+        raise
+    finally:
+        monitor.close()
+        ranks.disconnect()
+
+
+def _remember_failure(directory: object, error: BaseException) -> None:
+    from megaptune.errors import StoppedEarly
+    from megaptune.run.directory import RunDirectory
+
+    assert isinstance(directory, RunDirectory)
+    code = error.exit_code if isinstance(error, MegaptuneError) else 1
+    status = "stopped" if isinstance(error, StoppedEarly) else "failed"
+    directory.set_state(status, code, str(error) or type(error).__name__)

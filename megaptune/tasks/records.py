@@ -1,0 +1,116 @@
+"""Facts as a task sees them, and the reading of JSONL and CSV files with errors that name file and line."""
+
+import csv
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from megaptune.errors import DataError
+
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One fact: the fields that a template may name, the answer word, and where it was read."""
+
+    fields: dict[str, str]
+    answer: str
+    source: str
+    subject: str = ""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One relation (or one custom task): its splits, its manual template, the words that answers may be."""
+
+    name: str
+    splits: dict[Split, list[Record]]
+    manual_template: str | None
+    word_list: list[str] | None = None
+    label: str = ""
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def keep(self, reason: str, flags: dict[Split, list[bool]]) -> "TaskData":
+        """A copy without the records whose flag is false; they are counted under ``reason``."""
+        kept = {
+            split: [record for record, wanted in zip(records, flags[split], strict=True) if wanted]
+            for split, records in self.splits.items()
+        }
+        lost = sum(not wanted for split_flags in flags.values() for wanted in split_flags)
+        return replace(self, splits=kept, dropped={**self.dropped, reason: self.dropped.get(reason, 0) + lost})
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a .jsonl or .csv file, each with its ``file:line``; numbers become text.
+
+    :raises DataError: missing file, unknown ending, a line that is no JSON object, a value that is no text or number.
+    """
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: expected a file ending in {' or '.join(readers)}")
+    if not path.is_file():
+        raise DataError(f"data file not found: {path}")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            source = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{source}: not valid JSON: {error.msg} at character {error.pos + 1}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{source}: expected a JSON object, found {type(row).__name__}")
+            yield source, _texts(row)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                source = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    names = reader.fieldnames or []
+                    raise DataError(
+                        f"{source}: expected {len(names)} columns ({', '.join(names)}), found another number"
+                    )
+                yield source, _texts(row)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _texts(row: dict[str, object]) -> dict[str, str]:
+    """What can fill a template; lists and objects (LAMA's `evidences`) are no text and are left out."""
+    return {name: str(value) for name, value in row.items() if isinstance(value, str | int | float)}
+
+
+def take(row: dict[str, str], name: str, source: str) -> str:
+    """``row[name]`` without outer white space, or the error that says what the record has."""
+    if name not in row:
+        raise DataError(f"{source}: the record has no text field {name!r} (it has: {', '.join(row) or 'none'})")
+    value = row[name].strip()
+    if not value:
+        raise DataError(f"{source}: the field {name!r} is empty")
+    return value
+
+
+def sample(records: list[Record], limit: int | None, seed: int) -> list[Record]:
+    """At most ``limit`` records, chosen by ``seed`` and in their file's order."""
+    if limit is None or len(records) <= limit:
+        return records
+    chosen = sorted(random.Random(seed).sample(range(len(records)), limit))
+    return [records[index] for index in chosen]
