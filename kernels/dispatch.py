@@ -6,7 +6,6 @@ installation without a GPU has none.
 B examples, T tokens, R table rows, D backbone width, V vocabulary, C candidates.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import logging
@@ -21,8 +20,11 @@ IMPLEMENTATIONS = ("auto", "reference", "triton")
 OPS = ("prompt_splice", "verbalizer_softmax")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
 log = logging.getLogger(__name__)
 _chosen = "auto"
+_said_that_triton_is_missing = False
 
 
 def choose(implementation: str = "auto", require: bool = False) -> None:
@@ -103,7 +105,7 @@ def _pick(device: str) -> str:
     if _chosen == "auto":
         if device != "cuda":
             return "reference"
-        if not _triton_is_installed():
+        if not TRITON_IS_INSTALLED:
             _say_once_that_triton_is_missing()
             return "reference"
         return "triton"
@@ -115,7 +117,7 @@ def _pick(device: str) -> str:
 
 
 def _why_not_triton(device: str) -> str | None:
-    if not _triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         return "Triton kernels were asked for, but triton is not installed: install it, or set kernels to 'auto'"
     if device != "cuda" and not _interpreted():
         return (
@@ -133,14 +135,11 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def _say_once_that_triton_is_missing() -> None:
-    log.warning("triton is not installed: prompt_splice and verbalizer_softmax run as plain torch on CUDA")
+    global _said_that_triton_is_missing
+    if not _said_that_triton_is_missing:
+        log.warning("triton is not installed: %s run as plain torch on CUDA", " and ".join(OPS))
+    _said_that_triton_is_missing = True
 
 
 def _shape(tensor: Tensor) -> str:

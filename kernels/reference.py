@@ -67,9 +67,9 @@ def verbalizer_softmax(
 
     Returns (loss [B] fp32, rank [B] int64, prediction [B] int64). Logits are fp32. ``rank`` counts the candidates that
     beat the label: a higher logit, or an equal one at a lower index, so rank 0 is a hit at 1 and exactly then
-    ``prediction``, the lowest index of the highest logit, is the label. A logit that is NaN, or stands against a NaN
-    label logit, counts as better: a diverged prompt never scores a hit. The gradient goes to ``features`` alone, in its
-    dtype. IndexError for a label outside 0..C-1 (on CUDA: a device assert).
+    ``prediction``, the lowest index of the highest logit, is the label. A NaN on either side of the comparison counts
+    for the other candidate: a diverged prompt scores no hits among two candidates or more. The gradient goes to
+    ``features`` alone, in its dtype. IndexError for a label outside 0..C-1 (on CUDA: a device assert).
     """
     logits = _CandidateLogits.apply(features, rows.detach())
     if bias is not None:
@@ -78,9 +78,9 @@ def verbalizer_softmax(
 
     with torch.no_grad():
         at_label = logits.gather(1, labels[:, None])
-        index = torch.arange(rows.shape[0], device=logits.device)
-        beaten = (logits < at_label) | ((logits == at_label) & (index >= labels[:, None]))  # the label beats itself
-        rank = rows.shape[0] - beaten.sum(dim=1)
+        index, label = torch.arange(rows.shape[0], device=logits.device), labels[:, None]
+        not_better = (index == label) | (logits < at_label) | ((logits == at_label) & (index > label))
+        rank = rows.shape[0] - not_better.sum(dim=1)
         return loss, rank, logits.argmax(dim=1)
 
 

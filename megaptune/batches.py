@@ -6,8 +6,7 @@ replayed, and does not know how many ranks there are.
 B examples, T tokens.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +49,21 @@ class EpochPlan:
         return order[place * self.global_batch : (place + 1) * self.global_batch]
 
 
-def shares(indices: Sequence[int], rank: int, world_size: int, micro_batch: int | None) -> list[list[int]]:
-    """This rank's part of a global batch, in micro-batches: equally many on every rank, the last ones may be empty."""
-    largest = math.ceil(len(indices) / world_size)
-    size = min(micro_batch or largest, largest)
-    mine = list(indices[rank::world_size])
-    return [mine[start : start + size] for start in range(0, largest, size)]
+def micro_batches(lengths: Sequence[int], indices: Sequence[int], size: int) -> list[list[int]]:
+    """Cut a batch into pieces of ``size`` examples of similar length, longest first.
+
+    The cut knows nothing of ranks: a piece is computed the same wherever it is computed, so the sum over pieces does
+    not depend on the layout. ``lengths`` belongs to the whole set, ``indices`` to the batch.
+    """
+    by_length = sorted(indices, key=lambda index: (-lengths[index], index))
+    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+
+
+def rounds(pieces: list[list[int]], rank: int, world_size: int) -> list[list[int]]:
+    """This rank's pieces, equally many on every rank: where they do not divide, some ranks end with an empty one."""
+    count = -(-len(pieces) // world_size)
+    mine = pieces[rank::world_size]
+    return mine + [[]] * (count - len(mine))
 
 
 def collate(examples: Sequence[Example], pad_id: int, masked: bool, device: torch.device, stand_in: Example) -> Batch:
@@ -71,10 +79,3 @@ def collate(examples: Sequence[Example], pad_id: int, masked: bool, device: torc
         torch.tensor([example.answer for example in members], device=device),
         torch.full((len(members),), 1.0 if examples else 0.0, device=device),
     )
-
-
-def evaluation_shares(examples: Sequence[Example], rank: int, world_size: int, batch: int) -> Iterator[list[int]]:
-    """This rank's part of a split, batches of similar length; every rank gets equally many, the last may be empty."""
-    by_length = sorted(range(len(examples)), key=lambda index: (-len(examples[index].slots), index))
-    for start in range(0, len(by_length), batch * world_size):
-        yield by_length[start : start + batch * world_size][rank::world_size]

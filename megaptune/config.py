@@ -87,7 +87,7 @@ class ScoringConfig(Section):
 class TrainConfig(Section):
     epochs: int = Field(100, ge=1)
     global_batch: int = Field(8, ge=1, description="examples per optimizer step over all ranks")
-    micro_batch: int | None = Field(None, ge=1, description="examples a rank takes at a time; default: its whole share")
+    micro_batch: int = Field(8, ge=1, description="examples computed together; ranks take whole micro-batches")
     drop_last: bool = Field(False, description="leave out an epoch's incomplete last batch")
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = Field(1e-5, gt=0)
@@ -166,7 +166,6 @@ class Config(Section):
         """What decides the result: all but the layout, logging and retention, which a resumed run may change."""
         exempt = {"run", "parallel", "checkpoint", "monitor", "kernels", "evaluation"}
         kept = self.model_dump(mode="json", exclude=exempt)
-        kept["train"].pop("micro_batch")
         kept["run"] = {"seeds": self.run.seeds}
         kept["evaluation"] = {"every_epochs": self.evaluation.every_epochs}
         return kept

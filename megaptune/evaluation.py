@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megaptune.backbone.host import BackboneHost
-from megaptune.batches import collate, evaluation_shares
+from megaptune.batches import collate, micro_batches, rounds
 from megaptune.config import Reading
 from megaptune.examples import Example
 from megaptune.run.topology import Topology, all_reduce_sum
@@ -42,7 +42,8 @@ def evaluate(
 ) -> dict[Reading, Outcome]:
     """Every example scored once under the prompt ``table`` [R, D]; the same on all ranks."""
     found = {reading: torch.zeros(3, len(examples), dtype=torch.float64) for reading in scorers}
-    for mine in evaluation_shares(examples, topology.rank, topology.world_size, batch):
+    pieces = micro_batches([len(example.slots) for example in examples], range(len(examples)), batch)
+    for mine in rounds(pieces, topology.rank, topology.world_size):
         members = [examples[index] for index in mine]
         inputs = collate(members, pad_id, host.kind == "masked", host.device, stand_in=examples[0])
         features = host.features(inputs.slots, inputs.attention_mask, inputs.answer_positions, table)

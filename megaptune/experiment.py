@@ -193,15 +193,17 @@ class Experiment:
     def banner(self) -> None:
         config, host, world = self.config, self.host, self.topology.world_size
         train = config.train
-        share = -(-train.global_batch // world)
-        micro = min(train.micro_batch or share, share)
+        micro = min(train.micro_batch, train.global_batch)
+        pieces = -(-train.global_batch // micro)
+        idle = f", {world - pieces} ranks idle: lower train.micro_batch" if pieces < world else ""
         kernels = ", ".join(f"{op} {how}" for op, how in dispatch.describe().items())
         self.monitor.say(
             f"backbone   {host.folder.name}: {host.family}, {host.kind}, {config.backbone.dtype}, "
             f"{host.num_parameters:,} frozen parameters\n"
             f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}), ZeRO {host.zero_stage}, "
             f"{host.device.type}, {torch.get_num_threads()} threads a rank\n"
-            f"batch      {train.global_batch} examples = {world} ranks x {-(-share // micro)} micro-batches x {micro}\n"
+            f"batch      {train.global_batch} examples = {pieces} micro-batches of {micro}, "
+            f"{-(-pieces // world)} a rank at most{idle}\n"
             f"kernels    {kernels}\n"
             f"run        {self.directory.path}"
         )

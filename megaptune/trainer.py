@@ -2,7 +2,8 @@
 
 A step: the encoder gives the table, its rows are spliced into the batch, the loss at the answers gives a gradient of
 the table, ranks sum that gradient (and the figures that travel with it) in one all-reduce, and each rank runs the
-encoder backward and steps. Dividing by the global count makes the result independent of how the batch was shared out.
+encoder backward and steps. A global batch is cut into micro-batches before ranks take them, and their gradients are
+summed in fp64, so the result does not depend on the number of ranks.
 
 B examples, R table rows, D backbone width.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megaptune.backbone.host import BackboneHost
-from megaptune.batches import EpochPlan, collate, shares
+from megaptune.batches import EpochPlan, collate, micro_batches, rounds
 from megaptune.config import Config, Reading
 from megaptune.errors import CheckpointError, DivergedError
 from megaptune.evaluation import Outcome, evaluate
@@ -92,6 +93,7 @@ class Trainer:
         self.selection = Selection(settings.patience)
         self.best_weights = self.prompt.weights()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
+        self.lengths = [len(example.slots) for example in task.train]
         self.digest = _digest(task.train)
         self.pace = Pace(self.total_steps, 0)
 
@@ -131,21 +133,28 @@ class Trainer:
     def gradient(self, indices: list[int], table: Tensor) -> tuple[Tensor, StepSums]:
         """d mean loss / d ``table`` [R, D] over the global batch ``indices``, and its sums; the same on all ranks."""
         leaf = table.requires_grad_()
-        sums = torch.zeros(5, device=self.host.device)  # loss, hits, examples, tokens, stops
-        for share in shares(indices, self.topology.rank, self.topology.world_size, self.config.train.micro_batch):
-            members = [self.train[index] for index in share]
+        # In fp64 the sum of fp32 pieces does not depend on their order, so not on which rank computed which.
+        total = torch.zeros(leaf.numel(), dtype=torch.float64, device=self.host.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.host.device)  # loss, hits, examples, tokens, stops
+        pieces = micro_batches(self.lengths, indices, self.config.train.micro_batch)
+        for piece in rounds(pieces, self.topology.rank, self.topology.world_size):
+            members = [self.train[index] for index in piece]
             batch = collate(members, self.pad_id, self.host.kind == "masked", self.host.device, self.train[indices[0]])
             features = self.host.features(batch.slots, batch.attention_mask, batch.answer_positions, leaf)
             losses, ranks, _ = self.loss_over(features, batch.answers)
             loss = (losses * batch.weights).sum()
+            leaf.grad = None
             (loss / len(indices)).backward()
+            assert leaf.grad is not None
+            total += leaf.grad.flatten().double()
             hits = ((ranks == 0) * batch.weights).sum()
             tokens = sum(len(member.slots) for member in members)
-            sums[:4] += torch.stack([loss.detach(), hits, batch.weights.sum(), torch.tensor(float(tokens)).to(hits)])
+            sums[:4] += torch.stack(
+                [loss.detach(), hits, batch.weights.sum(), torch.tensor(float(tokens)).to(hits)]
+            ).double()
         sums[4] = float(bool(self.stop))
-        assert leaf.grad is not None
-        flat = all_reduce_sum(torch.cat([leaf.grad.flatten(), sums]))
-        return flat[:-5].view_as(leaf), StepSums(*flat[-5:].tolist())
+        flat = all_reduce_sum(torch.cat([total, sums]))
+        return flat[:-5].view_as(leaf).float(), StepSums(*flat[-5:].tolist())
 
     def end_epoch(self, epoch: int) -> None:
         if epoch % self.config.evaluation.every_epochs and self.prompt.step < self.total_steps:

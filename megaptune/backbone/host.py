@@ -95,6 +95,8 @@ class BackboneHost:
         probe_ids, probe_logits = _plain_probe(model)
         self.module = PromptedBackbone(model).eval().requires_grad_(False).to(device)
         self.vocabulary_size, self.width = self.module.vocabulary.shape
+        if zero_stage == 0:
+            _group_gradients(self.module)
         self.engine = _host(self.module, frozen_backbone_config(zero_stage, dtype))
         self._check_probe(probe_ids, probe_logits)
 
@@ -169,6 +171,21 @@ def _plain_probe(model: Any) -> tuple[Tensor, Tensor]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[(7919 * (position + 1)) % vocabulary for position in range(5)]])
     return ids, model(input_ids=ids).logits[0, -1].float()
+
+
+def _group_gradients(module: nn.Module) -> None:
+    """Sum a tensor's gradient module by module, as ZeRO-3's hooks do.
+
+    Where a hidden state has several readers (a norm's two uses and the residual), autograd adds their gradients in the
+    order of the graph. ZeRO-3 passes every module a view of its inputs; the same views here give the same order, so
+    both stages agree bit by bit and Adam has no rounding to amplify.
+    """
+
+    def pass_views(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs)
+
+    for inner in module.modules():
+        inner.register_forward_pre_hook(pass_views)
 
 
 def _host(module: nn.Module, config: dict[str, Any]) -> Any:

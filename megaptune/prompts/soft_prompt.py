@@ -4,6 +4,8 @@ It stays outside DeepSpeed, fp32 and replicated: the gradient of the table is al
 the encoder's backward itself. R rows, D backbone width.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +13,17 @@ from torch import Tensor
 
 from megaptune.config import PromptConfig, TrainConfig
 from megaptune.prompts.encoder import build_encoder
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """oneDNN's LSTM backward sums in an order that depends on the number of threads; so small an LSTM needs but one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class SoftPrompt:
@@ -39,17 +52,21 @@ class SoftPrompt:
     def table(self) -> Tensor:
         """The rows [R, D] to train with; dropout, if any, is drawn from (seed, step), alike on every rank."""
         if not self.stochastic:
-            return self.encoder()
+            return self._rows()
         devices = [parameter.device for parameter in self.encoder.parameters() if parameter.device.type == "cuda"][:1]
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.seed * 1_000_003 + self.step)
+            return self._rows()
+
+    def _rows(self) -> Tensor:
+        with _one_thread():
             return self.encoder()
 
     @torch.no_grad()
     def vectors(self) -> Tensor:
         """The rows [R, D] to answer with: no dropout, no graph."""
         self.encoder.eval()
-        rows = self.encoder()
+        rows = self._rows()
         self.encoder.train()
         return rows.detach().clone()
 
@@ -59,7 +76,8 @@ class SoftPrompt:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        table.backward(gradient)
+        with _one_thread():
+            table.backward(gradient)
         limit = self.train.max_gradient_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.encoder.parameters(), limit)
         self.optimizer.step()

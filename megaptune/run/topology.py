@@ -81,6 +81,8 @@ def connect(timeout_s: int = 1800) -> Topology:
     _export(topology)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # The same sum whatever the number of threads: 1 rank x 2 threads and 2 ranks x 1 thread then agree bit by bit.
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // topology.local_world_size))
     import deepspeed
