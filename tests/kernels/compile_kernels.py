@@ -14,11 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import triton
-from megaptune.kernels import prompt_splice as splice
-from megaptune.kernels import verbalizer_softmax as softmax
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from megaptune.kernels import prompt_splice as splice
+from megaptune.kernels import verbalizer_softmax as softmax
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}  # Triton writes PTX for sm_90a, not for plain sm_90

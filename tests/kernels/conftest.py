@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+
 from megaptune.kernels import dispatch, reference
 
 ON_GPU = torch.cuda.is_available()

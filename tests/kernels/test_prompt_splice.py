@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from megaptune.kernels import dispatch, prompt_splice, reference
 from torch import Tensor
+
+from megaptune.kernels import dispatch, prompt_splice, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (B, T, V, R, D): each B of 1, 3, 17 and D of 1, 7, 64, 576; D past one forward block; more positions than one block

