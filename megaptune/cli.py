@@ -124,6 +124,16 @@ def backbone() -> None:
 
 
 @app.command()
+def options() -> None:
+    """Every key of a configuration as a Markdown table: type, default, meaning."""
+    from megaptune.config_files import options_table
+
+    typer.echo("| key | type | default | meaning |\n| --- | --- | --- | --- |")
+    for row in options_table(Config):
+        typer.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{row[0]}`", *row[1:])) + " |")
+
+
+@app.command()
 def env() -> None:
     """Versions and machine, for a bug report."""
     from megaptune.run.directory import environment

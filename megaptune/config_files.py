@@ -173,6 +173,27 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     yield from found
 
 
+def options_table(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """Key, type, default and description of every option of a schema."""
+    for name, field in model.model_fields.items():
+        inner = list(_models_in(field.annotation))
+        if not inner:
+            kind = str(field.annotation).replace("typing.", "").replace("pathlib._local.", "").replace("pathlib.", "")
+            kind = getattr(field.annotation, "__name__", kind) if "[" not in kind and "|" not in kind else kind
+            default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"
+            yield prefix + name, kind.replace("NoneType", "None"), default, field.description or ""
+        for section in inner:
+            tag = section.model_fields.get("type")
+            only = f" ({get_args(tag.annotation)[0]})" if tag else ""
+            for key, kind, default, text in options_table(section, f"{prefix}{name}."):
+                yield key, kind, default, text + only
+
+
+def _as_yaml(value: Any) -> str:
+    plain = str(value) if isinstance(value, Path) else value
+    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation

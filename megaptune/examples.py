@@ -65,8 +65,8 @@ class PreparedTask:
             f"  records    {counts}{dropped}\n"
             f"  candidates {sizes}\n"
             f"  of the test answers {100 * base.majority:.1f} % are train's commonest, {100 * base.unseen:.1f} % are "
-            f"unseen in train, {100 * base.in_subject:.1f} % stand in the subject; {100 * base.shared_facts:.1f} % of the "
-            "facts are in train"
+            f"unseen in train, {100 * base.in_subject:.1f} % stand in the subject; {100 * base.shared_facts:.1f} % of "
+            "the facts are in train"
         )
 
 

@@ -85,6 +85,7 @@ class Experiment:
     def run_manual(self, task: PreparedTask, scorers: dict[Reading, Scorer]) -> None:
         """Zero-shot: the manual prompt, nothing trained."""
         assert task.manual is not None
+        self.monitor.rewind(f"{task.data.name}/manual", None, 0)
         nothing = torch.zeros(0, self.host.width, device=self.host.device)
         outcomes = self.evaluate(task.manual.test, nothing, scorers)
         self.finish(task, "manual", None, task.manual, outcomes, {})
@@ -162,6 +163,7 @@ class Experiment:
         settings = {"method": method, "task": data.name, "seed": -1 if seed is None else seed, "template": template}
         tuned = {"encoder": self.config.prompt.encoder, "learning_rate": self.config.train.learning_rate}
         self.monitor.hyperparameters(job, {**settings, **tuned}, {r: v["p_at_1"] for r, v in figures.items()})
+        self.monitor.position()
         write_json(
             folder / "result.json",
             {

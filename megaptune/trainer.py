@@ -220,6 +220,7 @@ class Trainer:
         """Continue from the newest whole checkpoint, if there is one."""
         newest = on_main(self.topology, lambda: self.checkpoints.newest(self.monitor.warn))
         if newest is None:
+            self.monitor.rewind(self.name, None, 0)
             return
         found = read_checkpoint(newest)
         if found.state["data"] != self.digest:

@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# As a run sets it for itself (run/topology.py); here torch computes before a run begins.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 import torch
 from tiny import save_tiny, write_config, write_facts
 

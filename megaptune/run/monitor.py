@@ -29,7 +29,7 @@ class Monitor:
         self._tensorboard_folder = tensorboard if speaks else None
         self._writers: dict[str, Any] = {}
         self._progress: Progress | None = None
-        self._metrics = metrics_file.open("ab") if speaks and metrics_file else None
+        self._metrics = metrics_file.open("a+b") if speaks and metrics_file else None
         self._started = time.monotonic()
 
     # -- words ---------------------------------------------------------------------------------------------------
@@ -76,14 +76,28 @@ class Monitor:
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
-    def rewind(self, job: str, position: int, step: int) -> None:
-        """Forget what was recorded after a checkpoint: those steps will be taken again."""
-        if self._metrics is not None and self._metrics.tell() > position:
-            self._metrics.truncate(position)
-            self._metrics.seek(position)
+    def rewind(self, job: str, position: int | None, step: int) -> None:
+        """Forget what was recorded after a checkpoint (None: all of the job): those steps will be taken again.
+
+        Jobs run one after the other, so all that follows the position belongs to the unfinished job.
+        """
+        if self._metrics is not None:
+            self._metrics.truncate(self._first_line_of(job) if position is None else position)
+            self._metrics.seek(0, os.SEEK_END)
         if self._tensorboard_folder is not None:
             self._close_writer(job)
             self._writers[job] = self._open_writer(job, purge_step=step + 1)
+
+    def _first_line_of(self, job: str) -> int:
+        """Where ``job`` begins in metrics.jsonl, or a line that a kill left unfinished, or the end."""
+        assert self._metrics is not None
+        self._metrics.seek(0)
+        position = 0
+        for line in self._metrics:
+            if not line.endswith(b"\n") or json.loads(line)["job"] == job:
+                break
+            position += len(line)
+        return position
 
     # -- progress ------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@
 import datetime
 import os
 import socket
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -85,6 +86,7 @@ def connect(timeout_s: int = 1800) -> Topology:
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // topology.local_world_size))
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated")  # DeepSpeed's ZeRO-3, each step
     import deepspeed
     import deepspeed.ops
 

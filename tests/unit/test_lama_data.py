@@ -11,6 +11,12 @@ from megaptune.tasks.records import SPLITS, TaskData
 
 pytestmark = pytest.mark.data
 
+if "MEGAPTUNE_DATA" not in os.environ:
+    pytest.skip(
+        "MEGAPTUNE_DATA is not set: real LAMA data was NOT tested; set it to the folder that holds LAMA/",
+        allow_module_level=True,
+    )
+
 # Rows of train, dev and test; rows of them whose object is in the 29k list.
 COUNTS = {
     "P17": ((800, 200, 930), (784, 195, 912)),
@@ -28,10 +34,6 @@ COUNTS = {
 @pytest.fixture(scope="module")
 def root() -> Path:
     """The folder LAMA below $MEGAPTUNE_DATA."""
-    if "MEGAPTUNE_DATA" not in os.environ:
-        pytest.skip(
-            "MEGAPTUNE_DATA is not set: the real LAMA data was NOT tested; set it to the folder that holds LAMA/"
-        )
     folder = Path(os.environ["MEGAPTUNE_DATA"]) / "LAMA"
     if not folder.is_dir():
         pytest.fail(f"MEGAPTUNE_DATA is set, but there is no folder {folder}")

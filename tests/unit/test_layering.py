@@ -1,0 +1,103 @@
+"""Data flows down the house: a module imports only from those above it in LAYERS.
+
+A new module is written in at the place where it belongs. Imports inside functions count like any other.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "megaptune"
+
+LAYERS = """
+__init__
+errors
+config_files            config
+run                     run.files  run.topology  run.stopping  run.monitor
+backbone                backbone.weight_files  backbone.description  backbone.embedded  backbone.zero_config
+kernels                 backbone.host
+run.checkpoint          run.directory
+tasks                   tasks.records  tasks.lama  tasks.custom
+prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.soft_prompt
+examples                batches  scoring  evaluation  trainer  preparation
+results                 results.prompt_folder  results.table
+experiment              session
+cli                     train  __main__
+"""
+ORDER = LAYERS.split()
+
+
+def module_name(file: Path) -> str:
+    """``megaptune/run/files.py`` -> ``run.files``; a package is its ``__init__.py``."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1]) if parts[-1] == "__init__" and len(parts) > 1 else ".".join(parts)
+
+
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(file: Path) -> set[str]:
+    """The modules of megaptune that a file imports, anywhere in it, as names of the list."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import hides what it imports"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {_owner(name.removeprefix("megaptune").lstrip(".")) for name in names if name.startswith("megaptune")}
+    return found
+
+
+def _owner(name: str) -> str:
+    """The module that ``name`` is, or is defined in."""
+    if name.split(".")[0] == "kernels":
+        return "kernels"
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or "__init__"
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == sorted([*MODULES, "kernels"])
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name != "kernels"])
+def test_module_imports_only_from_above(name: str):
+    above = ORDER[: ORDER.index(name)]
+    upward = sorted(imports(MODULES[name]) - set(above))
+    assert not upward, f"megaptune.{name} imports {upward}, which stand below it or not at all in ORDER"
+
+
+def test_the_check_sees_imports_of_every_form(tmp_path: Path):
+    file = tmp_path / "a.py"
+    file.write_text(
+        "import megaptune.errors\nfrom megaptune import __version__\nfrom megaptune.run import topology as ranks\n"
+        "def work():\n    from megaptune.kernels import dispatch\n    from megaptune.config import Config\n"
+    )
+    assert imports(file) == {"errors", "__init__", "run.topology", "kernels", "config"}
+
+
+def test_kernels_know_nothing_of_the_program():
+    for file in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not [name for name in names if name.split(".")[0] == "megaptune"], file.name
+
+
+def test_only_the_dispatch_of_the_kernels_is_used():
+    for name, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megaptune.kernels"):
+                assert (node.module, [alias.name for alias in node.names]) == ("megaptune.kernels", ["dispatch"]), name
+
+
+def test_one_file_names_deepspeeds_configuration_keys():
+    keys = ("zero_optimization", "train_micro_batch_size_per_gpu", "gradient_clipping")
+    naming = {name for name, file in MODULES.items() if any(key in file.read_text(encoding="utf-8") for key in keys)}
+    assert naming == {"backbone.zero_config"}
