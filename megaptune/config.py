@@ -42,28 +42,30 @@ class TaskConfig(Section):
     )
     word_list: Path | None = Field(None, description="words answers may be: .txt (one a line) or LAMA's .json lists")
     limit_train: int | None = Field(None, ge=1, description="use this many training records, sampled by limit_seed")
-    limit_dev: int | None = Field(None, ge=1)
-    limit_test: int | None = Field(None, ge=1)
-    limit_seed: int = 0
+    limit_dev: int | None = Field(None, ge=1, description="the same for dev")
+    limit_test: int | None = Field(None, ge=1, description="the same for test, for a quick look")
+    limit_seed: int = Field(0, description="which records a limit samples; not tied to run.seeds")
 
 
 class LamaTask(TaskConfig):
     """LAMA T-REx in the official layout (AutoPrompt's splits)."""
 
-    type: Literal["lama"]
+    type: Literal["lama"] = Field(description="LAMA T-REx in the official layout")
     root: Path = Field(description="folder with relations.jsonl and fact-retrieval/original/P*/")
     relations: list[str] | Literal["all"] = Field("all", description="relation ids such as P17, or all that are there")
-    multi_token_answers: Literal["error", "drop"] = "drop"
+    multi_token_answers: Literal["error", "drop"] = Field(
+        "drop", description="an answer that is not one token of the backbone: drop the record and count it, or stop"
+    )
 
 
 class CustomTask(TaskConfig):
     """Your own facts: JSONL or CSV files whose columns are the template's {fields}."""
 
-    type: Literal["custom"]
-    name: str = "custom"
-    train: Path | None = None
-    dev: Path | None = None
-    test: Path
+    type: Literal["custom"] = Field(description="your own facts, JSONL or CSV")
+    name: str = Field("custom", pattern=r"^[\w.-]+$", description="how the table and the run directory call it")
+    train: Path | None = Field(None, description="file of training records; ptuning needs it")
+    dev: Path | None = Field(None, description="file of records to choose the epoch on; ptuning needs it")
+    test: Path = Field(description="file of records to report on")
     answer: str = Field(description="the field that holds the answer")
     subject: str | None = Field(None, description="the field searched for copied answers; default: all other fields")
 
@@ -80,29 +82,31 @@ class PromptConfig(Section):
 
 class ScoringConfig(Section):
     train_over: Reading = Field("vocabulary", description="the softmax of the training loss")
-    evaluate_over: list[Reading] = Field(["answers", "vocabulary"], min_length=1)
+    evaluate_over: list[Reading] = Field(
+        ["answers", "vocabulary"], min_length=1, description="the candidate sets that test figures are given for"
+    )
     select_on: Reading = Field("vocabulary", description="the reading for early stopping and the headline figure")
 
 
 class TrainConfig(Section):
-    epochs: int = Field(100, ge=1)
+    epochs: int = Field(100, ge=1, description="passes over the training records, at most")
     global_batch: int = Field(8, ge=1, description="examples per optimizer step over all ranks")
     micro_batch: int = Field(8, ge=1, description="examples computed together; ranks take whole micro-batches")
     drop_last: bool = Field(False, description="leave out an epoch's incomplete last batch")
-    optimizer: Literal["adam", "sgd"] = "adam"
-    learning_rate: float = Field(1e-5, gt=0)
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="of the prompt encoder, torch's")
+    learning_rate: float = Field(1e-5, gt=0, description="the highest rate of the schedule")
     weight_decay: float = Field(5e-4, ge=0, description="L2 term in the gradient, not decoupled")
-    schedule: Literal["exponential", "linear", "constant"] = "exponential"
+    schedule: Literal["exponential", "linear", "constant"] = Field("exponential", description="of the learning rate")
     decay_per_epoch: float = Field(0.98, gt=0, le=1, description="exponential: factor per epoch")
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate grows from nothing")
     final_fraction: float = Field(0.0, ge=0, le=1, description="linear: the last step's share of learning_rate")
     max_gradient_norm: float | None = Field(None, gt=0, description="clip the encoder's gradient at this norm")
-    patience: int = Field(20, ge=0, description="stop after this many epochs without a dev gain; 0: never")
+    patience: int = Field(20, ge=0, description="stop after so many dev passes without a gain (a tie is one); 0: never")
 
 
 class EvaluationConfig(Section):
     batch: int = Field(32, ge=1, description="examples a rank evaluates at a time")
-    every_epochs: int = Field(1, ge=1)
+    every_epochs: int = Field(1, ge=1, description="epochs between passes over dev; patience counts passes")
 
 
 class ParallelConfig(Section):
@@ -116,12 +120,14 @@ class CheckpointConfig(Section):
 
 class MonitorConfig(Section):
     log_every: int = Field(10, ge=1, description="steps between log lines")
-    tensorboard: bool = True
-    sample_predictions: int = Field(8, ge=0)
+    tensorboard: bool = Field(True, description="write curves, text and hparams to tb/ in the run directory")
+    sample_predictions: int = Field(8, ge=0, description="test predictions shown in TensorBoard")
 
 
 class KernelConfig(Section):
-    implementation: Literal["auto", "reference", "triton"] = "auto"
+    implementation: Literal["auto", "reference", "triton"] = Field(
+        "auto", description="auto: Triton on CUDA, plain torch on CPU"
+    )
     require: bool = Field(False, description="an error instead of the plain path when Triton cannot be used")
 
 
@@ -129,7 +135,9 @@ class Config(Section):
     run: RunConfig = RunConfig()
     backbone: BackboneConfig
     task: Annotated[LamaTask | CustomTask, Field(discriminator="type")]
-    methods: list[Literal["manual", "ptuning"]] = Field(["manual", "ptuning"], min_length=1)
+    methods: list[Literal["manual", "ptuning"]] = Field(
+        ["manual", "ptuning"], min_length=1, description="manual: zero-shot with the manual prompt; ptuning: trained"
+    )
     prompt: PromptConfig = PromptConfig()
     scoring: ScoringConfig = ScoringConfig()
     train: TrainConfig = TrainConfig()

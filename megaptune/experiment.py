@@ -12,6 +12,7 @@ import torch
 from megaptune.backbone.host import BackboneHost
 from megaptune.backbone.weight_files import fingerprint
 from megaptune.config import Config, Reading
+from megaptune.errors import SetupError
 from megaptune.evaluation import Outcome, evaluate
 from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
 from megaptune.kernels import dispatch
@@ -45,7 +46,10 @@ class Experiment:
     ) -> "Experiment":
         """Load the backbone and check that the run directory knows it."""
         config, backbone = prepared.config, prepared.backbone
-        dispatch.choose(config.kernels.implementation, require=config.kernels.require)
+        try:
+            dispatch.choose(config.kernels.implementation, require=config.kernels.require)
+        except ValueError as error:
+            raise SetupError(f"kernels.implementation: {error}") from None
         sha256 = on_main(topology, lambda: fingerprint(backbone.folder, config.backbone.verify))
         on_main(topology, lambda: directory.remember_backbone(sha256, backbone.family))
         host = BackboneHost(backbone, config.backbone.dtype, config.parallel.zero_stage, topology.device)

@@ -102,10 +102,12 @@ def choose(places: list[dict], countries: dict[str, dict]) -> tuple[dict[str, li
         large = [place for place in places if place["countrycode"] == code and place["population"] >= MIN_POPULATION]
         usable: list[dict] = []
         for rank, place in enumerate(large):
+            if len(usable) == MOST_PER_COUNTRY:
+                break
             reason = reason_to_drop(place, givers, large[:rank], owners)
             if reason is not None:
                 dropped[reason] += 1
-            elif len(usable) < MOST_PER_COUNTRY:
+            else:
                 usable.append({"city": place["name"], "continent": continent, "country": country["name"]})
         chosen[continent] += usable
     return chosen, dropped

@@ -31,9 +31,9 @@ def test_words_of_several_tokens_are_kept_apart_with_their_pieces(tokenizers: To
 
 
 def test_unknown_token_is_no_answer(tokenizers: Tokenizers):
-    found = Verbalizer.of(["東京"], TokenForms(tokenizers("bert")))
+    found = Verbalizer.of(["Ωmega"], TokenForms(tokenizers("bert")))
     assert found.token_of == {}
-    assert set(found.pieces_of["東京"]) == {"[UNK]"}
+    assert found.pieces_of == {"Ωmega": ["[UNK]"]}
 
 
 def test_repeated_words_are_looked_up_once(tokenizers: Tokenizers):
