@@ -2,9 +2,9 @@
 
     python benchmarks/step.py [--backbone FOLDER] [--rounds 5]
 
-The released way (THUDM/P-tuning, LAMA) computes vocabulary logits at every position and sorts them; the statement of it here is ours.
-Both do forward, backward to the table, and the encoder's Adam step, on the same inputs in one thread. Rounds alternate; the median of
-process time is printed, and the ratio. Absolute times mean little on a shared machine.
+The released way (THUDM/P-tuning, LAMA) computes vocabulary logits at every position and sorts them; the statement of
+it here is ours. Both do forward, backward to the table, and the encoder's Adam step, on the same inputs in one thread.
+Rounds alternate; the median of process time is printed, and the ratio. Absolute times mean little on a shared machine.
 """
 
 import argparse

@@ -168,9 +168,8 @@ def _exit_with(work: Callable[[], None]) -> None:
 def _tell(message: str) -> None:
     """Print on rank 0. The others wait for it to end the job: a launcher kills all ranks when one leaves with an error,
     and an error that rank 0 does not meet still gets out, with the rank's number."""
-    rank = next(
-        (int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK") if name in os.environ), 0
-    )
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    rank = next((int(os.environ[name]) for name in names if name in os.environ), 0)
     if rank:
         time.sleep(15)
         message = f"rank {rank}: {message}"

@@ -17,12 +17,12 @@ Reading = Literal["answers", "word_list", "vocabulary"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
     directory: Path = Field(Path("runs/default"), description="everything the run writes; the same one continues it")
-    seeds: list[int] = Field(
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(
         [0], min_length=1, description="one P-tuning run per seed; mean and deviation are reported"
     )
 
@@ -62,7 +62,7 @@ class CustomTask(TaskConfig):
     """Your own facts: JSONL or CSV files whose columns are the template's {fields}."""
 
     type: Literal["custom"] = Field(description="your own facts, JSONL or CSV")
-    name: str = Field("custom", pattern=r"^[\w.-]+$", description="how the table and the run directory call it")
+    name: str = Field("custom", pattern=r"^\w[\w.-]*$", description="how the table and the run directory call it")
     train: Path | None = Field(None, description="file of training records; ptuning needs it")
     dev: Path | None = Field(None, description="file of records to choose the epoch on; ptuning needs it")
     test: Path = Field(description="file of records to report on")
@@ -164,8 +164,16 @@ class Config(Section):
                     problems.append(f"method ptuning needs {' and '.join(missing)}")
             if "manual" in self.methods and self.prompt.manual is None:
                 problems.append("method manual needs prompt.manual: a custom task has no template of its own")
-        if len(set(self.run.seeds)) != len(self.run.seeds):
-            problems.append(f"run.seeds repeats a seed: {self.run.seeds}")
+        lists: dict[str, list[Any]] = {
+            "run.seeds": list(self.run.seeds),
+            "methods": list(self.methods),
+            "scoring.evaluate_over": list(self.scoring.evaluate_over),
+        }
+        if isinstance(self.task, LamaTask) and self.task.relations != "all":
+            lists["task.relations"] = list(self.task.relations)
+        problems += [f"{key} repeats an entry: {found}" for key, found in lists.items() if len(set(found)) < len(found)]
+        if self.prompt.dropout and self.prompt.encoder != "lstm":
+            problems.append(f"prompt.dropout works between LSTM layers; prompt.encoder is {self.prompt.encoder!r}")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -21,6 +21,8 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
         seen.add(key)
@@ -76,6 +78,8 @@ def read_layers(path: Path, resolve: PathResolver, seen: tuple[Path, ...] = ()) 
     except OSError as error:
         named_by = f" (named by `defaults:` in {seen[-1]})" if seen else ""
         raise ConfigError(f"cannot read the configuration file {path}{named_by}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     raw = _parse_yaml(text, str(path)) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values at the top level, found {type(raw).__name__}")
@@ -150,17 +154,18 @@ def _without_union_tags(location: tuple[Any, ...], raw: dict[str, Any]) -> list[
 def _nearest_key(key: str, root: type[BaseModel]) -> str:
     valid = list(all_keys(root))
     section, _, name = key.rpartition(".")
+    if key in valid:
+        return " for a task of this type (its `type` decides which keys it has)"
     siblings = [other for other in valid if other.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
+    names = {other.split(".")[-1]: other for other in siblings}
+    near = [names[found] for found in difflib.get_close_matches(name, names, n=1, cutoff=0.6)]
     if not near:  # the right name in the wrong section
         near = [other for other in valid if other.split(".")[-1] == name][:1]
     if not near:  # an abbreviation: lr for learning_rate
         near = [other for other in siblings if "".join(w[0] for w in other.split(".")[-1].split("_")) == name][:1]
-    if not near:
-        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-        if not near and siblings:
-            return f" (valid here: {', '.join(other.split('.')[-1] for other in siblings)})"
-    return f", did you mean `{near[0]}`?" if near else ""
+    if near:
+        return f", did you mean `{near[0]}`?"
+    return f" (valid here: {', '.join(names)})" if names else ""
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

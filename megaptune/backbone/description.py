@@ -36,9 +36,12 @@ def describe_backbone(folder: Path, kind: Literal["auto", "causal", "masked"]) -
 def load_tokenizer(folder: Path) -> Any:
     """:raises BackboneError: when the folder holds no tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise BackboneError(f"{folder}: no tokenizer that transformers can load: {first_line(error)}") from None
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without its files
+        raise BackboneError(f"{folder}: no tokenizer files (tokenizer.json, or a vocabulary with its merges)")
+    return tokenizer
 
 
 def _read_config(folder: Path) -> Any:

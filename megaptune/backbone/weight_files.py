@@ -26,8 +26,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / _INDEX).is_file():
         try:
             parts = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError, UnicodeDecodeError):
             raise BackboneError(f"{folder / _INDEX}: not a safetensors index") from None
+        if not parts:
+            raise BackboneError(f"{folder / _INDEX}: not a safetensors index")
         missing = [part for part in parts if not (folder / part).is_file()]
         if missing:
             raise BackboneError(
@@ -104,6 +106,6 @@ def _recorded_checksums(folder: Path) -> dict[str, str]:
             recorded[file.name] = target
     if (folder / CHECKSUMS).is_file():
         for line in (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines():
-            checksum, _, name = line.partition("  ")
-            recorded[name.strip()] = checksum.strip()
+            checksum, _, name = line.strip().partition(" ")
+            recorded[name.strip().removeprefix("*")] = checksum.lower()  # a star marks sha256sum's binary mode
     return recorded

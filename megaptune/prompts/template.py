@@ -148,4 +148,7 @@ def _field(record: Record, name: str) -> str:
         raise DataError(
             f"{record.source}: the template names the field {{{name}}}, which the record lacks (it has: {has})"
         )
-    return record.fields[name].strip()
+    value = record.fields[name].strip()
+    if not value:
+        raise DataError(f"{record.source}: the field {name!r}, which the template names, is empty")
+    return value

@@ -187,4 +187,4 @@ class ResultsTable:
 
 def _natural(folder: Path) -> tuple[int, str, str]:
     task = folder.parent.name
-    return (int(task[1:]) if task[1:].isdigit() else 0, task, folder.name)
+    return (int(task[1:]) if task[1:].isdecimal() else 0, task, folder.name)

@@ -4,6 +4,8 @@ A checkpoint is written beside its place and renamed, so a folder that exists wa
 came later. It holds nothing of the backbone and knows nothing of ranks or ZeRO stages. No pickle.
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megaptune.backbone.weight_files import file_checksum
-from megaptune.errors import CheckpointError
+from megaptune.errors import CheckpointError, first_line
 from megaptune.run.files import flush, read_json, write_json
 
 FORMAT = 1
@@ -35,31 +37,40 @@ class Checkpoint:
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write ``folder`` whole, replacing an older one of that name."""
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
         save_file(tensors, part / _TENSORS)
         flush(part / _TENSORS)
-        manifest = {"format": FORMAT, "sha256": {_TENSORS: file_checksum(part / _TENSORS)}, "state": state}
+        checksums = {_TENSORS: file_checksum(part / _TENSORS), "state": _state_checksum(state)}
+        manifest = {"format": FORMAT, "sha256": checksums, "state": state}
         write_json(part / _MANIFEST, manifest)
         flush(part)
         if folder.exists():
             shutil.rmtree(folder)
         part.rename(folder)
         flush(folder.parent)
-    except OSError as error:
-        raise CheckpointError(f"could not write the checkpoint {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not write the checkpoint {folder}: {first_line(error)}") from error
+
+
+def _state_checksum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """:raises CheckpointError: naming the file that is missing or damaged."""
     try:
         manifest = read_json(folder / _MANIFEST)
-        expected, state, version = manifest["sha256"][_TENSORS], manifest["state"], manifest["format"]
+        checksums, state, version = manifest["sha256"], manifest["state"], manifest["format"]
+        expected = checksums[_TENSORS]
+        whole = checksums["state"] == _state_checksum(state)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / _MANIFEST}: missing or damaged ({type(error).__name__})") from None
     if version != FORMAT:
         raise CheckpointError(f"{folder}: format {version}, this version reads format {FORMAT}")
+    if not whole:
+        raise CheckpointError(f"{folder / _MANIFEST}: its state does not match its SHA-256")
     file = folder / _TENSORS
     try:
         if file_checksum(file) != expected:

@@ -46,12 +46,10 @@ class RunDirectory:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            known = self.config_file.is_file()
+            known = self.config_file.is_file() and (self.path / "command.txt").is_file()
             if known and self._has_progress():
                 self._compare(config)
-            elif known:
-                pass  # an earlier start failed before it did anything: nothing to protect
-            elif any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+            elif not known and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 raise ConfigError(f"run.directory {self.path} holds other files and no run; name a new directory")
             settings = config.model_dump(mode="json", exclude_none=True)
             write_whole(self.config_file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -83,7 +81,10 @@ class RunDirectory:
         """:raises BackboneError: when the run was started on other weights."""
         file = self.path / "backbone.json"
         if file.is_file():
-            before = read_json(file)["sha256"]
+            try:
+                before = read_json(file)["sha256"]
+            except (ValueError, KeyError, TypeError):
+                raise SetupError(f"{file} is damaged; name a new run.directory") from None
             if before != fingerprint:
                 raise BackboneError(
                     f"run.directory {self.path} was started on another backbone (SHA-256 {before[:12]}..., now "

@@ -55,8 +55,11 @@ def read_environment(environment: Mapping[str, str]) -> Topology:
     for launcher, (rank, world, local, local_world) in _LAUNCHERS.items():
         if launcher == "slurm" and "SLURM_STEP_ID" not in environment:
             continue  # inside an allocation, but not started by srun: a shell on the first node
-        if rank not in environment or world not in environment:
+        if rank not in environment and world not in environment:
             continue
+        if rank not in environment or world not in environment:
+            absent, there = (rank, world) if world in environment else (world, rank)
+            raise SetupError(f"{there} is set but {absent} is not: start with deepspeed, torchrun, srun or mpirun")
         try:
             numbers = int(environment[rank]), int(environment[world]), int(environment.get(local, "0"))
             # DeepSpeed's launcher calls it LOCAL_SIZE; Slurm may write "2(x4)"
@@ -66,12 +69,9 @@ def read_environment(environment: Mapping[str, str]) -> Topology:
             raise SetupError(f"the {launcher} environment holds a rank that is no number: {error}") from None
         if not 0 <= numbers[0] < numbers[1]:
             raise SetupError(f"{rank}={numbers[0]} does not lie within {world}={numbers[1]}")
-        if numbers[1] > 1 and launcher in ("torch", "openmpi", "mpich"):
-            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
-            if missing and launcher == "torch":
-                raise SetupError(
-                    f"{rank} is set but {' and '.join(missing)} is not: start with deepspeed, torchrun or srun"
-                )
+        unset = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+        if numbers[1] > 1 and launcher == "torch" and unset:
+            raise SetupError(f"{rank} is set but {' and '.join(unset)} is not: start with deepspeed, torchrun or srun")
         return Topology(*numbers, local_world_size=max(1, local_size), launcher=launcher)
     return Topology()
 

@@ -18,7 +18,7 @@ def load_lama(config: LamaTask, word_list: list[str] | None) -> list[TaskData]:
         raise DataError(f"task.root: folder not found: {config.root}")
     templates = _templates(config.root / "relations.jsonl")
     folders = {folder.name: folder for folder in (config.root / "fact-retrieval" / "original").glob("P*")}
-    available = sorted(folders, key=lambda name: int(name[1:]) if name[1:].isdigit() else 0)
+    available = sorted(folders, key=lambda name: int(name[1:]) if name[1:].isdecimal() else 0)
     wanted = available if config.relations == "all" else config.relations
     unknown = [name for name in wanted if name not in folders]
     if unknown or not wanted:
@@ -44,12 +44,7 @@ def _load_relation(folder: Path, templates: dict[str, tuple[str, str]], word_lis
         raise DataError(f"relations.jsonl has no template for {folder.name}")
     template, label = templates[folder.name]
     splits = {split: [_record(row, source) for source, row in read_rows(folder / f"{split}.jsonl")] for split in SPLITS}
-    data = TaskData(folder.name, splits, template, word_list, label)
-    if word_list is None:
-        return data
-    allowed = set(word_list)
-    flags = {split: [record.answer in allowed for record in records] for split, records in splits.items()}
-    return data.keep("answer outside task.word_list", flags)
+    return TaskData(folder.name, splits, template, word_list, label).keep_listed_answers()
 
 
 def _record(row: dict[str, str], source: str) -> Record:
@@ -65,8 +60,11 @@ def read_word_list(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise DataError(f"task.word_list: file not found: {path}")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if path.suffix.lower() == ".json":
         try:
             lists = json.loads(text)
             words = next(iter(lists.values())) if isinstance(lists, dict) else lists

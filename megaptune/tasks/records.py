@@ -35,6 +35,14 @@ class TaskData:
     label: str = ""
     dropped: dict[str, int] = field(default_factory=dict)
 
+    def keep_listed_answers(self) -> "TaskData":
+        """A copy without the records whose answer is outside the word list, if there is one."""
+        if self.word_list is None:
+            return self
+        allowed = set(self.word_list)
+        flags = {split: [record.answer in allowed for record in records] for split, records in self.splits.items()}
+        return self.keep("answer outside task.word_list", flags)
+
     def keep(self, reason: str, flags: dict[Split, list[bool]]) -> "TaskData":
         """A copy without the records whose flag is false; they are counted under ``reason``."""
         kept = {
@@ -60,6 +68,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -72,8 +82,16 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{source}: not valid JSON: {error.msg} at character {error.pos + 1}") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{source}: not JSON that can be read: {type(error).__name__}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{source}: expected a JSON object, found {type(row).__name__}")
+            try:
+                "".join(map(str, row.values())).encode()
+            except UnicodeEncodeError:
+                raise DataError(
+                    f"{source}: half a surrogate pair (an unfinished \\u escape), which is no text"
+                ) from None
             yield source, _texts(row)
 
 

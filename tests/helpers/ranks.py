@@ -16,10 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  paid once, in the parent
 import torch
-import torch._dynamo
-import transformers  # noqa: F401
 
 from megaptune.config import load_config
 from megaptune.session import run_training
@@ -34,6 +31,9 @@ def run_ranks(count: int, work: Callable[..., Any], *arguments: Any, timeout_s: 
 
     :raises RankFailed: as soon as one rank fails; the others are killed then, so nothing hangs.
     """
+    import deepspeed  # noqa: F401  paid once, in the parent; it imports triton, so not before tests/kernels/conftest.py
+    import transformers  # noqa: F401
+
     context = multiprocessing.get_context("fork")
     port = _free_port()
     pipes, processes = [], []

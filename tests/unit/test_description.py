@@ -71,21 +71,18 @@ def test_damaged_config_is_named(folder: Path, text: str):
         describe_backbone(folder, "auto")
 
 
-EMPTY = pytest.mark.xfail(strict=True, reason="transformers 5 makes an empty tokenizer and load_tokenizer takes it")
-
-
-@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=EMPTY) for kind in ("gpt2", "bert", "roberta"))])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
 def test_folder_without_a_tokenizer_is_named(tmp_path: Path, tiny: Callable[[str], Path], kind: str):
     folder = Path(shutil.copytree(tiny(kind), tmp_path / kind))
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(BackboneError) as caught:
         load_tokenizer(folder)
-    assert str(caught.value).startswith(f"{folder}: no tokenizer that transformers can load")
+    assert str(caught.value).startswith(f"{folder}: no tokenizer")
     assert "\n" not in str(caught.value)
 
 
 def test_damaged_tokenizer_is_named(folder: Path):
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(BackboneError, match="no tokenizer that transformers can load"):
+    with pytest.raises(BackboneError, match="no tokenizer"):
         load_tokenizer(folder)

@@ -105,7 +105,6 @@ def test_prompt_as_long_as_the_context_is_taken(gpt2: TokenForms):
     assert len(task.tuned.train[0].slots) == 13
 
 
-@pytest.mark.xfail(strict=True, reason="an empty field passes; a causal prompt of it alone has no slot to read at")
 def test_empty_field_that_leaves_nothing_before_the_answer_is_refused(gpt2: TokenForms):
     empty = [Record({"city": " "}, "France", "facts.jsonl:1", "")]
     assert "facts.jsonl:1" in refusal(data(test=empty), gpt2, methods=["manual"], prompt={"manual": "{city} [answer]"})

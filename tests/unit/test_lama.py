@@ -171,7 +171,6 @@ def test_missing_word_list_is_named(tmp_path: Path):
         read_word_list(tmp_path / "words.txt")
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError leaves read_word_list")
 def test_word_list_that_is_not_utf8_is_refused(tmp_path: Path):
     path = tmp_path / "words.txt"
     path.write_bytes("Málaga\n".encode("latin-1"))
@@ -221,7 +220,6 @@ def test_custom_record_without_an_answer_is_told_with_its_line(tmp_path: Path, r
         custom(tmp_path, [{"city": "Rome", "country": "Italy"}, row])
 
 
-@pytest.mark.xfail(strict=True, reason="load_custom passes task.word_list on but does not filter by it, as LAMA's does")
 def test_custom_word_list_filters_answers_as_lamas_does(tmp_path: Path):
     rows = [{"city": "Rome", "country": "Italy"}, {"city": "Paris", "country": "France"}]
     data = custom(tmp_path, rows, words=["France"])

@@ -65,11 +65,7 @@ def test_missing_part_is_named(parts: Path):
     assert "1 of 2 weight files are missing: model-00002-of-00002.safetensors" in refusal(weight_files, parts)
 
 
-LIST = pytest.param("[]", marks=pytest.mark.xfail(strict=True, reason="TypeError leaves weight_files"))
-EMPTY = pytest.param('{"weight_map": {}}', marks=pytest.mark.xfail(strict=True, reason="no weights pass as 0 bytes"))
-
-
-@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": []}', LIST, EMPTY])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {}}'])
 def test_damaged_index_is_named(parts: Path, text: str):
     index = parts / "model.safetensors.index.json"
     index.write_text(text)
@@ -172,7 +168,6 @@ def test_link_into_a_hugging_face_cache_is_checked_against_the_name_of_its_targe
     assert "its bytes changed" in refusal(fingerprint, folder)
 
 
-@pytest.mark.xfail(strict=True, reason="_recorded_checksums reads 'HASH *name' as no name and so checks nothing")
 def test_record_in_sha256sums_binary_form_counts_too(folder: Path):
     record = write_checksums(folder)
     record.write_text(record.read_text().replace("  ", " *"))
