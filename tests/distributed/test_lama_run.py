@@ -1,0 +1,105 @@
+"""A LAMA run from start to table: relations and seeds in one launch, on a tiny folder in the official layout."""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from ranks import run_ranks, train
+from runs import metrics
+from tiny import CAPITALS, UNKNOWN_WORD, write_config, write_jsonl
+
+pytestmark = pytest.mark.dist
+
+
+def lama_folder(root: Path) -> Path:
+    """P17 and P30 (reversed, so that its numbers differ), with a word outside the list and one of several tokens."""
+    relations = [
+        {"relation": "P17", "template": "[X] is in [Y] .", "label": "country"},
+        {"relation": "P30", "template": "[X] lies near [Y] .", "label": "neighbour"},
+    ]
+    write_jsonl(root / "relations.jsonl", relations)
+    facts = list(CAPITALS.items())
+    for relation, pairs in (("P17", facts), ("P30", facts[::-1][:14])):
+        rows = [{"sub_label": city, "obj_label": country, "uuid": "x", "evidences": [{}]} for city, country in pairs]
+        for split, members in (("train", rows), ("dev", rows[:4]), ("test", rows[4:])):
+            extra = [{"sub_label": "Rome", "obj_label": UNKNOWN_WORD}, {"sub_label": "Oslo", "obj_label": "Sweden"}]
+            write_jsonl(root / "fact-retrieval" / "original" / relation / f"{split}.jsonl", members + extra)
+    words = [*sorted(set(CAPITALS.values())), UNKNOWN_WORD]
+    (root / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lama")
+    root = lama_folder(folder / "LAMA")
+    config = write_config(
+        folder,
+        backbone={"path": str(tiny("gpt2"))},
+        task={"type": "lama", "root": str(root), "word_list": str(root / "words.txt"), "name": None, "answer": None},
+        prompt={"template": "[P*3] {subject} [P*3] [answer]", "manual": None},
+        scoring={"evaluate_over": ["answers", "word_list", "vocabulary"], "select_on": "word_list"},
+    )
+    text = (
+        config.read_text()
+        .replace("  name: null\n", "")
+        .replace("  answer: null\n", "")
+        .replace("  subject: city\n", "")
+    )
+    config.write_text(text)
+    run_ranks(2, train, config, "run.seeds=[0,1]")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def test_records_lost_to_the_word_list_and_to_the_one_token_rule_are_counted(results):
+    job = next(job for job in results["jobs"] if job["task"] == "P17")
+    assert job["dropped"] == {"answer outside task.word_list": 3, "answer of several tokens": 3}
+    assert job["counts"] == {"train": 16, "dev": 4, "test": 12}
+
+
+def test_every_relation_has_its_jobs(results):
+    jobs = {(job["task"], job["method"], job["seed"]) for job in results["jobs"]}
+    wanted = {(task, "manual", None) for task in ("P17", "P30")}
+    assert jobs == wanted | {(task, "ptuning", seed) for task in ("P17", "P30") for seed in (0, 1)}
+
+
+@pytest.mark.parametrize("reading", ["answers", "word_list", "vocabulary"])
+def test_macro_and_micro_are_means_over_relations_and_over_records(results, reading):
+    def score(task, method, seed=None):
+        (job,) = [j for j in results["jobs"] if (j["task"], j["method"], j["seed"]) == (task, method, seed)]
+        return job["test"][reading]["p_at_1"], job["counts"]["test"]
+
+    rows = {row["relation"]: row for row in results["table"] if row["reading"] == reading}
+    macro, micro = rows["macro average of 2"], rows["micro average of 2"]
+    (p17, n17), (p30, n30) = score("P17", "manual"), score("P30", "manual")
+    assert macro["manual"]["mean"] == pytest.approx((p17 + p30) / 2)
+    assert micro["manual"]["mean"] == pytest.approx((p17 * n17 + p30 * n30) / (n17 + n30))
+    per_seed = [(score("P17", "ptuning", seed)[0] + score("P30", "ptuning", seed)[0]) / 2 for seed in (0, 1)]
+    assert macro["ptuning"]["mean"] == pytest.approx(mean(per_seed))
+    assert macro["ptuning"]["sd"] == pytest.approx(stdev(per_seed))
+
+
+def test_figures_are_those_of_the_predictions(run, results):
+    for job in results["jobs"]:
+        folder = run / "jobs" / job["task"] / (job["method"] if job["seed"] is None else f"ptuning-seed{job['seed']}")
+        ranks = [json.loads(line)["rank"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        figures = job["test"]["word_list"]
+        assert figures["p_at_1"] == pytest.approx(mean(rank <= 1 for rank in ranks))
+        assert figures["p_at_5"] == pytest.approx(mean(rank <= 5 for rank in ranks))
+        assert figures["mrr"] == pytest.approx(mean(1 / rank for rank in ranks))
+
+
+def test_the_markdown_table_has_the_same_rows(run, results):
+    lines = [line for line in (run / "results.md").read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(results["table"])
+
+
+def test_the_test_split_is_scored_once_a_job(run):
+    scored = [(line["job"], line["reading"]) for line in metrics(run) if line["kind"] == "test"]
+    assert len(scored) == len(set(scored)) == 6 * 3
