@@ -23,7 +23,9 @@ class LstmEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """The table [R, D], fp32."""
-        return self.mlp(self.lstm(self.embedding.weight.unsqueeze(0))[0]).squeeze(0)
+        states, _ = self.lstm(self.embedding.weight.unsqueeze(0))
+        # Two-dimensional: DeepSpeed replaces torch's linear once ZeRO 3 is on, and only there both add the bias alike.
+        return self.mlp(states.squeeze(0))
 
 
 class MlpEncoder(nn.Module):

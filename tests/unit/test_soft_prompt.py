@@ -202,3 +202,14 @@ def test_adams_moments_are_saved_under_their_parameters_names():
         "optimizer.embedding.weight.exp_avg_sq",
         "optimizer.embedding.weight.step",
     ]
+
+
+@pytest.mark.parametrize("name", ["lstm", "mlp", "table"])
+def test_encoder_gives_the_same_bits_through_deepspeeds_linear(name, monkeypatch):
+    """ZeRO 3 replaces torch's linear for the whole process, the encoder's included."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    encoder = build_encoder(name, 6, 576, 0.0, 0)
+    expected = encoder()
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    assert torch.equal(encoder(), expected)
