@@ -134,17 +134,18 @@ class BackboneHost:
         table = torch.zeros(0, self.width, device=self.device)
         features = self.features(ids, None, last, table)
         rows = self.output_rows()
+        unsupported = f"unsupported architecture {self.family!r}: its answer scores are not features times output "
+        if not torch.isfinite(expected).all():
+            raise BackboneError(f"{self.folder}: the model's scores are not finite; its weights are damaged")
+        if features.shape[1] != rows.weight.shape[1]:
+            widths = f"widths {features.shape[1]} and {rows.weight.shape[1]}"
+            raise BackboneError(f"{unsupported}embedding ({widths})")
         logits = features.float() @ rows.weight.float().T
         if rows.bias is not None:
             logits = logits + rows.bias.float()
-        if not torch.isfinite(expected).all():
-            raise BackboneError(f"{self.folder}: the model's scores are not finite; its weights are damaged")
         error = (logits[0].cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
         if error > PROBE_TOLERANCE[self.dtype]:
-            raise BackboneError(
-                f"unsupported architecture {self.family!r}: its answer scores are not features times output embedding "
-                f"(a probe differs by {error:.1e} of the largest score)"
-            )
+            raise BackboneError(f"{unsupported}embedding (a probe differs by {error:.1e} of the largest score)")
 
 
 def _load(folder: Path, kind: str, dtype: str) -> Any:

@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -135,18 +136,20 @@ def test_place_that_cannot_be_written_is_told(tmp_path: Path):
         write_checkpoint(tmp_path / "file" / "one", tensors(), STATE)
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """Files may not grow beyond 10 kB, as on a disk that is full."""
+    """Files may not grow beyond 10 kB, as on a disk that is full. No longer than needed: pytest's log is a file too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_is_told_and_leaves_the_older_one(tmp_path: Path, small_disk: None):
+def test_full_disk_is_told_and_leaves_the_older_one(tmp_path: Path):
     write_checkpoint(tmp_path / "one", tensors(), STATE)
-    with pytest.raises(CheckpointError, match="could not write the checkpoint"):
+    with small_disk(), pytest.raises(CheckpointError, match="could not write the checkpoint"):
         write_checkpoint(tmp_path / "one", {"big": torch.zeros(10_000)}, STATE)
     assert read_checkpoint(tmp_path / "one").state == STATE
 
