@@ -110,7 +110,38 @@ class EvaluationConfig(Section):
 
 
 class ParallelConfig(Section):
-    zero_stage: Literal[0, 3] = Field(0, description="0: each rank holds the backbone; 3: ranks hold a share each")
+    """How ranks share the work. ``parallel: auto`` lets the memory plan fill in the rest."""
+
+    layout: Literal["stated", "auto"] = Field(
+        "stated", description="auto: the memory plan chooses tensor_parallel, zero_stage and offload"
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, description="ranks that hold one copy of the backbone together, each a slice of every layer"
+    )
+    across_nodes: bool = Field(False, description="let a tensor-parallel group span nodes, which is slow")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="0: every replica holds its weights; 3: replicas hold a share each; 1, 2: for a tuned LM only"
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where ZeRO 3 keeps weights that are not in use: on the device, in host memory, on disk"
+    )
+    offload_folder: Path | None = Field(None, description="a folder on a fast local disk, for offload: nvme")
+    activation_checkpointing: bool = Field(
+        False, description="keep one activation a block and compute the others again in backward"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return {"layout": "auto"} if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> "ParallelConfig":
+        if self.offload != "none" and self.layout == "stated" and self.zero_stage != 3:
+            raise ValueError(f"offload: {self.offload} needs zero_stage: 3, which is {self.zero_stage}")
+        if (self.offload == "nvme") != (self.offload_folder is not None) and self.layout == "stated":
+            raise ValueError("offload: nvme and offload_folder go together; one of them is missing")
+        return self
 
 
 class CheckpointConfig(Section):

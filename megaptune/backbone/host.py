@@ -85,7 +85,7 @@ class BackboneHost:
         self,
         description: BackboneDescription,
         dtype: Literal["fp32", "bf16"],
-        zero_stage: Literal[0, 3],
+        zero_stage: int,
         device: torch.device,
     ) -> None:
         self.folder, self.family, self.kind = description.folder, description.family, description.kind

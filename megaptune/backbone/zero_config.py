@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 
-def frozen_backbone_config(zero_stage: Literal[0, 3], dtype: Literal["fp32", "bf16"]) -> dict[str, Any]:
+def frozen_backbone_config(zero_stage: int, dtype: Literal["fp32", "bf16"]) -> dict[str, Any]:
     """For ``deepspeed.initialize`` of a model without an optimizer."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # required, and unused: batches do not pass through the engine

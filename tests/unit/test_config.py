@@ -121,7 +121,7 @@ def test_all_problems_are_told_at_once():
         ("train", "global_batch", 0),
         ("train", "decay_per_epoch", 1.5),
         ("run", "seeds", []),
-        ("parallel", "zero_stage", 2),
+        ("parallel", "zero_stage", 5),
         ("prompt", "encoder", "gru"),
     ],
 )
