@@ -20,11 +20,12 @@ from megaptune.backbone.description import describe_backbone, load_tokenizer
 from megaptune.backbone.embedded import embedded_folder
 from megaptune.backbone.host import BackboneHost
 from megaptune.batches import Batch, collate
-from megaptune.config import PromptConfig, TrainConfig
+from megaptune.config import ParallelConfig, PromptConfig, TrainConfig
 from megaptune.examples import Example
 from megaptune.prompts.soft_prompt import SoftPrompt
 from megaptune.prompts.template import Template
 from megaptune.prompts.tokens import TokenForms
+from megaptune.run.grid import ProcessGrid
 from megaptune.run.topology import connect, disconnect
 from megaptune.scoring import Scorer
 from megaptune.tasks.records import Record
@@ -73,7 +74,7 @@ def main() -> None:
     folder = arguments.backbone or embedded_folder(print)
     topology = connect()
     torch.set_num_threads(1)
-    host = BackboneHost(describe_backbone(folder, "causal"), "fp32", 0, topology.device)
+    host = BackboneHost(describe_backbone(folder, "causal"), "fp32", ParallelConfig(), ProcessGrid(), topology.device)
     scorer = Scorer(host, None)
     prompt = SoftPrompt(6, host.width, PromptConfig(), TrainConfig(), 100, 0, host.device)
     data = batches(host, load_tokenizer(folder), Template("[P*3] {city} [P*3] [answer]", "causal"))

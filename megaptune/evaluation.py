@@ -13,7 +13,7 @@ from megaptune.backbone.host import BackboneHost
 from megaptune.batches import collate, micro_batches, rounds
 from megaptune.config import Reading
 from megaptune.examples import Example
-from megaptune.run.topology import Topology, all_reduce_sum
+from megaptune.run.topology import all_reduce_sum
 from megaptune.scoring import Figures, Scorer
 
 
@@ -36,20 +36,19 @@ def evaluate(
     examples: Sequence[Example],
     table: Tensor,
     scorers: dict[Reading, Scorer],
-    topology: Topology,
     batch: int,
     pad_id: int,
 ) -> dict[Reading, Outcome]:
     """Every example scored once under the prompt ``table`` [R, D]; the same on all ranks."""
     found = {reading: torch.zeros(3, len(examples), dtype=torch.float64) for reading in scorers}
     pieces = micro_batches([len(example.slots) for example in examples], range(len(examples)), batch)
-    for mine in rounds(pieces, topology.rank, topology.world_size):
+    for mine in rounds(pieces, host.grid.replica, host.grid.replicas):
         members = [examples[index] for index in mine]
         inputs = collate(members, pad_id, host.kind == "masked", host.device, stand_in=examples[0])
         features = host.features(inputs.slots, inputs.attention_mask, inputs.answer_positions, table)
         for reading, scorer in scorers.items():
             scores = torch.stack([column.double() for column in scorer(features, inputs.answers)])
-            if mine:
+            if mine and host.grid.speaks:
                 found[reading][:, mine] = scores.cpu()
     outcomes = {}
     for reading, columns in found.items():

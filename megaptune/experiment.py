@@ -21,6 +21,7 @@ from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.table import ResultsTable
 from megaptune.run.directory import RunDirectory
 from megaptune.run.files import write_json, write_whole
+from megaptune.run.grid import build_grid
 from megaptune.run.monitor import Monitor
 from megaptune.run.stopping import StopRequest
 from megaptune.run.topology import Topology, agree, on_main
@@ -52,7 +53,8 @@ class Experiment:
             raise SetupError(f"kernels.implementation: {error}") from None
         sha256 = on_main(topology, lambda: fingerprint(backbone.folder, config.backbone.verify))
         on_main(topology, lambda: directory.remember_backbone(sha256, backbone.family))
-        host = BackboneHost(backbone, config.backbone.dtype, config.parallel.zero_stage, topology.device)
+        grid = build_grid(topology, config.parallel.tensor_parallel, config.parallel.across_nodes)
+        host = BackboneHost(backbone, config.backbone.dtype, config.parallel, grid, topology.device)
         return cls(prepared, topology, directory, monitor, stop, host, sha256)
 
     @property
@@ -133,7 +135,7 @@ class Experiment:
     ) -> dict[Reading, Outcome]:
         wanted = {reading: scorers[reading] for reading in self.config.scoring.evaluate_over}
         batch = self.config.evaluation.batch
-        return evaluate(self.host, examples, table, wanted, self.topology, batch, self.prepared.pad_id)
+        return evaluate(self.host, examples, table, wanted, batch, self.prepared.pad_id)
 
     def finish(
         self,

@@ -4,19 +4,23 @@ B examples, N evaluated examples, C candidates, D backbone width.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megaptune.backbone.host import BackboneHost, OutputRows
+from megaptune.backbone.host import BackboneHost
+from megaptune.backbone.output_rows import OutputRows
+from megaptune.backbone.tensor_parallel import parallel_softmax
 from megaptune.config import Reading
 from megaptune.kernels import dispatch
 
 
 class Scorer:
-    """Scores answers within one reading's candidates; holds their rows of the output embedding."""
+    """Scores answers within one reading's candidates, whose rows of the output embedding may lie on several ranks."""
 
     def __init__(self, host: BackboneHost, candidates: Tensor | None) -> None:
+        self.grid = host.grid
         self.rows: OutputRows = host.output_rows(candidates)
         self.place: Tensor | None = None
         if self.rows.ids is not None:
@@ -26,8 +30,36 @@ class Scorer:
     def __call__(self, features: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """features [B, D], answers [B] ids -> loss [B] fp32, rank [B] (0: a hit at 1), prediction [B] ids."""
         labels = answers if self.place is None else self.place[answers]
-        loss, rank, prediction = dispatch.verbalizer_softmax(features, self.rows.weight, labels, self.rows.bias)
+        wanted = features.requires_grad and torch.is_grad_enabled()
+        loss, rank, prediction, gradient = self._softmax(features.detach(), labels, wanted)
+        if wanted:
+            loss = _LossWithGradient.apply(features, loss, gradient)
         return loss, rank, prediction if self.rows.ids is None else self.rows.ids[prediction]
+
+    def _softmax(self, features: Tensor, labels: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradient d loss / d features [B, D] is computed at once: ZeRO 3 may let go of the rows right after."""
+        rows = self.rows
+        if self.grid.shards > 1:
+            return parallel_softmax(features, rows.weight, rows.index, labels, rows.bias, self.grid.tensor_group)
+        with torch.set_grad_enabled(wanted):
+            leaf = features.requires_grad_(wanted)
+            loss, rank, prediction = dispatch.verbalizer_softmax(leaf, rows.weight, labels, rows.bias)
+            gradient = torch.autograd.grad(loss.sum(), leaf)[0] if wanted else None
+        return loss.detach(), rank, prediction, gradient
+
+
+class _LossWithGradient(torch.autograd.Function):
+    """loss [B], whose gradient with respect to features [B, D] is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (upstream[:, None] * gradient.float()).to(gradient.dtype), None, None
 
 
 @dataclass(frozen=True)

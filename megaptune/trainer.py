@@ -1,9 +1,9 @@
 """P-tuning one prompt against a frozen backbone.
 
 A step: the encoder gives the table, its rows are spliced into the batch, the loss at the answers gives a gradient of
-the table, ranks sum that gradient (and the figures that travel with it) in one all-reduce, and each rank runs the
-encoder backward and steps. A global batch is cut into micro-batches before ranks take them, and their gradients are
-summed in fp64, so the result does not depend on the number of ranks.
+the table, ranks sum that gradient, and each rank runs the encoder backward and steps. A global batch is cut into
+micro-batches before replicas take them, and their gradients are summed exactly, so the result does not depend on the
+number of replicas.
 
 B examples, R table rows, D backbone width.
 """
@@ -25,9 +25,10 @@ from megaptune.evaluation import Outcome, evaluate
 from megaptune.examples import EncodedTask, Example
 from megaptune.prompts.soft_prompt import SoftPrompt
 from megaptune.run.checkpoint import CheckpointFolder, read_checkpoint
+from megaptune.run.exact_sum import sum_exactly
 from megaptune.run.monitor import Monitor, Pace, memory
 from megaptune.run.stopping import StopRequest
-from megaptune.run.topology import Topology, all_reduce_sum, on_main
+from megaptune.run.topology import Topology, on_main
 from megaptune.scoring import Scorer
 
 
@@ -54,7 +55,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums over all ranks of one step: what the all-reduce carries beside the gradient."""
+    """Sums over all replicas of one step, and how many ranks were asked to stop."""
 
     loss: float
     hits: float
@@ -132,12 +133,11 @@ class Trainer:
 
     def gradient(self, indices: list[int], table: Tensor) -> tuple[Tensor, StepSums]:
         """d mean loss / d ``table`` [R, D] over the global batch ``indices``, and its sums; the same on all ranks."""
-        leaf = table.requires_grad_()
-        # In fp64 the sum of fp32 pieces does not depend on their order, so not on which rank computed which.
-        total = torch.zeros(leaf.numel(), dtype=torch.float64, device=self.host.device)
-        sums = torch.zeros(5, dtype=torch.float64, device=self.host.device)  # loss, hits, examples, tokens, stops
+        leaf, grid = table.requires_grad_(), self.host.grid
+        gradients: list[Tensor] = []
+        sums = torch.zeros(4, dtype=torch.float64, device=self.host.device)  # loss, hits, examples, tokens
         pieces = micro_batches(self.lengths, indices, self.config.train.micro_batch)
-        for piece in rounds(pieces, self.topology.rank, self.topology.world_size):
+        for piece in rounds(pieces, grid.replica, grid.replicas):
             members = [self.train[index] for index in piece]
             batch = collate(members, self.pad_id, self.host.kind == "masked", self.host.device, self.train[indices[0]])
             features = self.host.features(batch.slots, batch.attention_mask, batch.answer_positions, leaf)
@@ -146,15 +146,14 @@ class Trainer:
             leaf.grad = None
             (loss / len(indices)).backward()
             assert leaf.grad is not None
-            total += leaf.grad.flatten().double()
+            gradients.append(leaf.grad)
             hits = ((ranks == 0) * batch.weights).sum()
             tokens = sum(len(member.slots) for member in members)
-            sums[:4] += torch.stack(
+            sums += torch.stack(
                 [loss.detach(), hits, batch.weights.sum(), torch.tensor(float(tokens)).to(hits)]
             ).double()
-        sums[4] = float(bool(self.stop))
-        flat = all_reduce_sum(torch.cat([total, sums]))
-        return flat[:-5].view_as(leaf).float(), StepSums(*flat[-5:].tolist())
+        total, sums = sum_exactly(gradients, len(pieces), sums, grid.speaks, float(bool(self.stop)))
+        return total, StepSums(*sums.tolist())
 
     def end_epoch(self, epoch: int) -> None:
         if epoch % self.config.evaluation.every_epochs and self.prompt.step < self.total_steps:
@@ -175,7 +174,7 @@ class Trainer:
         self, examples: list[Example], table: Tensor, scorers: dict[Reading, Scorer]
     ) -> dict[Reading, Outcome]:
         batch = self.config.evaluation.batch
-        return evaluate(self.host, examples, table, scorers, self.topology, batch, self.pad_id)
+        return evaluate(self.host, examples, table, scorers, batch, self.pad_id)
 
     def best_vectors(self) -> Tensor:
         """The rows [R, D] of the best dev epoch."""

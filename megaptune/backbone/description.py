@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from megaptune.backbone.checkpoint_reader import CheckpointReader
 from megaptune.backbone.weight_files import check_headers
 from megaptune.errors import BackboneError, first_line
 
@@ -15,21 +17,31 @@ Kind = Literal["causal", "masked"]
 
 @dataclass(frozen=True)
 class BackboneDescription:
-    """kind: causal or masked; max_tokens: the context length; num_bytes: of the weight files."""
+    """kind: causal or masked; max_tokens: the context length; num_bytes: of the weight files; largest_tensor: elements
+    of the largest parameter; unused_ids: ranges of ids that are no tokens (a converted checkpoint's filler rows)."""
 
     folder: Path
     family: str
     kind: Kind
     max_tokens: int
     num_bytes: int
+    largest_tensor: int
+    unused_ids: list[list[int]]
 
 
 def describe_backbone(folder: Path, kind: Literal["auto", "causal", "masked"]) -> BackboneDescription:
     """:raises BackboneError: no such folder, no or damaged weight files, an unsupported architecture."""
     num_bytes = check_headers(folder)
     config = _read_config(folder)
+    largest = max(torch.Size(entry.shape).numel() for entry in CheckpointReader(folder).entries.values())
     return BackboneDescription(
-        folder, config.model_type, resolve_kind(config, kind, folder), context_length(config), num_bytes
+        folder,
+        config.model_type,
+        resolve_kind(config, kind, folder),
+        context_length(config),
+        num_bytes,
+        largest,
+        getattr(config, "unused_token_ids", None) or [],
     )
 
 

@@ -1,44 +1,41 @@
 """Hosting a frozen language model: load, freeze, hand to DeepSpeed, and read it at the answer positions.
 
-Any causal or masked LM of transformers serves whose answer scores are ``features @ weight.T + bias``; this is checked
-on a probe input after loading, so a family with another read-out is refused instead of scored wrongly.
+Families of ``architectures.py`` are loaded slice by slice and may be divided over tensor-parallel ranks. Any other
+causal or masked LM of transformers is read whole, and serves if its answer scores are ``features @ weight.T + bias``:
+that is checked on a probe input, so a family with another read-out is refused instead of scored wrongly.
 
-B examples, T tokens, R table rows, D backbone width, V vocabulary, C candidates.
+B examples, T tokens, R table rows, D backbone width, V vocabulary.
 """
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
+from megaptune.backbone.architectures import FAMILIES, blocks_of, shard_plan, vocabulary_range
 from megaptune.backbone.description import BackboneDescription
+from megaptune.backbone.loading import DTYPES, LoadReport, load_divided
+from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
+from megaptune.backbone.tensor_parallel import splice
 from megaptune.backbone.zero_config import frozen_backbone_config
+from megaptune.config import ParallelConfig
 from megaptune.errors import BackboneError, first_line
 from megaptune.kernels import dispatch
+from megaptune.run.grid import ProcessGrid
+from megaptune.run.monitor import peak_host_bytes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # relative to the largest logit; bf16 has 8 bits of mantissa
-
-
-@dataclass(frozen=True)
-class OutputRows:
-    """Rows of the output embedding: weight [C, D], bias [C] or None; ids [C] (None: the whole vocabulary)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    ids: Tensor | None
 
 
 class PromptedBackbone(nn.Module):
     """A language model taken apart at its two ends: slots go in, features at one position per example come out."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, grid: ProcessGrid, first_id: int) -> None:
         super().__init__()
         head = model.get_output_embeddings()
         self.body = model.base_model
@@ -48,14 +45,20 @@ class PromptedBackbone(nn.Module):
         # Held under a name of its own: ZeRO-3 gathers what the module that runs owns, and the embedding never runs.
         self.vocabulary = embedding.weight
         self.embedding_scale = float(getattr(embedding, "embed_scale", None) or 1.0)
+        self.grid, self.first_id = grid, first_id
 
     def forward(self, slots: Tensor, attention_mask: Tensor | None, answer_positions: Tensor, table: Tensor) -> Tensor:
         """slots [B, T], attention_mask [B, T] or None, answer_positions [B], table [R, D] fp32 -> features [B, D]."""
-        embeds = dispatch.prompt_splice(slots, self.vocabulary, table, self.embedding_scale)
-        output = self.body(inputs_embeds=embeds, attention_mask=attention_mask, **self.body_options)
+        output = self.body(inputs_embeds=self.embed(slots, table), attention_mask=attention_mask, **self.body_options)
         hidden = output.last_hidden_state  # [B, T, D]
         at_answers = hidden[torch.arange(hidden.shape[0], device=hidden.device), answer_positions]
         return at_answers if self.readout is None else self.readout(at_answers)
+
+    def embed(self, slots: Tensor, table: Tensor) -> Tensor:
+        """Vocabulary rows with rows of the table spliced in [B, T, D]."""
+        if self.grid.shards == 1:
+            return dispatch.prompt_splice(slots, self.vocabulary, table, self.embedding_scale)
+        return splice(slots, self.vocabulary, self.first_id, table, self.embedding_scale, self.grid.tensor_group)
 
     @property
     def body_options(self) -> dict[str, Any]:
@@ -85,46 +88,53 @@ class BackboneHost:
         self,
         description: BackboneDescription,
         dtype: Literal["fp32", "bf16"],
-        zero_stage: int,
+        parallel: ParallelConfig,
+        grid: ProcessGrid,
         device: torch.device,
     ) -> None:
         self.folder, self.family, self.kind = description.folder, description.family, description.kind
-        self.dtype, self.device, self.zero_stage = dtype, device, zero_stage
-        model = _load(self.folder, self.kind, dtype)
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        probe_ids, probe_logits = _plain_probe(model)
-        self.module = PromptedBackbone(model).eval().requires_grad_(False).to(device)
-        self.vocabulary_size, self.width = self.module.vocabulary.shape
-        if zero_stage == 0:
+        self.dtype, self.device, self.grid, self.zero_stage = dtype, device, grid, parallel.zero_stage
+        self.parallel = parallel
+        largest = -(-description.largest_tensor // grid.replicas)
+        config = frozen_backbone_config(parallel, dtype, largest, pinned=device.type == "cuda")
+        probe = None
+        if self.family in FAMILIES:
+            zero_init = _zero_init(config, grid, DTYPES[dtype]) if self.zero_stage == 3 else None
+            model, self.load_report = load_divided(self.folder, self.kind, dtype, grid, device, zero_init)
+        else:
+            model, self.load_report, probe = self._load_whole()
+        self.num_parameters = self.load_report.num_parameters
+        self.vocabulary_size, self.width = self.load_report.embedding_shape
+        if parallel.activation_checkpointing:
+            _checkpoint_activations(model, self.family)
+        first_id, _ = vocabulary_range(self.vocabulary_size, grid.shard, grid.shards)
+        self.module = PromptedBackbone(model, grid, first_id).eval().requires_grad_(False)
+        if self.zero_stage == 0:
             _group_gradients(self.module)
-        self.engine = _host(self.module, frozen_backbone_config(zero_stage, dtype))
-        self._check_probe(probe_ids, probe_logits)
+        self.engine = _host(self.module, config, grid)
+        self.output = OutputEmbedding(self.module.head, self.vocabulary_size, description.unused_ids, grid)
+        if probe is not None:
+            self._check_probe(*probe)
 
     def features(self, slots: Tensor, attention_mask: Tensor | None, answer_positions: Tensor, table: Tensor) -> Tensor:
         """Features [B, D] that score the answers; differentiable in ``table`` [R, D] (fp32) only."""
         return self.engine.module(slots, attention_mask, answer_positions, table)
 
     def output_rows(self, ids: Tensor | None = None) -> OutputRows:
-        """Rows ``ids`` of the output embedding, held whole on every rank; all of them for None."""
-        weight, bias = self.module.head.weight, getattr(self.module.head, "bias", None)
-        parameters = [parameter for parameter in (weight, bias) if parameter is not None]
-        with self._gathered(parameters):
-            if ids is None:
-                copy = self.zero_stage == 3
-                rows = weight.detach().clone() if copy else weight.detach()
-                return OutputRows(rows, None if bias is None else bias.detach().clone(), None)
-            ids = ids.to(self.device)
-            return OutputRows(weight.detach()[ids], None if bias is None else bias.detach()[ids], ids)
+        """This rank's rows of the output embedding for the candidates ``ids``; of the whole vocabulary for None."""
+        return self.output.rows(ids)
 
-    @contextlib.contextmanager
-    def _gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
-        if self.zero_stage != 3:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parameters):
-            yield
+    def _load_whole(self) -> tuple[Any, LoadReport, tuple[Tensor, Tensor]]:
+        """A family without a table: every rank reads all of it; with it, a probe input and the plain model's scores."""
+        started = time.monotonic()
+        model = _load(self.folder, self.kind, self.dtype)
+        shard_plan(model, model.config, self.grid.shard, self.grid.shards)  # refuses to divide it
+        probe = _plain_probe(model)
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        num_bytes = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        shape = tuple(model.get_input_embeddings().weight.shape)
+        seconds = time.monotonic() - started
+        return model.to(self.device), LoadReport(num_parameters, shape, num_bytes, seconds, peak_host_bytes()), probe
 
     @torch.no_grad()
     def _check_probe(self, ids: Tensor, expected: Tensor) -> None:
@@ -137,10 +147,11 @@ class BackboneHost:
         unsupported = f"unsupported architecture {self.family!r}: its answer scores are not features times output "
         if not torch.isfinite(expected).all():
             raise BackboneError(f"{self.folder}: the model's scores are not finite; its weights are damaged")
-        if features.shape[1] != rows.weight.shape[1]:
-            widths = f"widths {features.shape[1]} and {rows.weight.shape[1]}"
+        weight = rows.weight
+        if features.shape[1] != weight.shape[1]:
+            widths = f"widths {features.shape[1]} and {weight.shape[1]}"
             raise BackboneError(f"{unsupported}embedding ({widths})")
-        logits = features.float() @ rows.weight.float().T
+        logits = features.float() @ weight.float().T
         if rows.bias is not None:
             logits = logits + rows.bias.float()
         error = (logits[0].cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
@@ -169,9 +180,13 @@ def _load(folder: Path, kind: str, dtype: str) -> Any:
 @torch.no_grad()
 def _plain_probe(model: Any) -> tuple[Tensor, Tensor]:
     """A fixed input [1, 5] and the plain model's logits [V] at its last position."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.tensor([[(7919 * (position + 1)) % vocabulary for position in range(5)]])
+    ids = probe_ids(model.get_input_embeddings().weight.shape[0])
     return ids, model(input_ids=ids).logits[0, -1].float()
+
+
+def probe_ids(vocabulary_size: int) -> Tensor:
+    """The same five tokens [1, 5] for every model of a vocabulary."""
+    return torch.tensor([[(7919 * (position + 1)) % vocabulary_size for position in range(5)]])
 
 
 def _group_gradients(module: nn.Module) -> None:
@@ -189,16 +204,57 @@ def _group_gradients(module: nn.Module) -> None:
         inner.register_forward_pre_hook(pass_views)
 
 
-def _host(module: nn.Module, config: dict[str, Any]) -> Any:
+def _checkpoint_activations(model: Any, family: str) -> None:
+    """Keep a block's input alone and compute the block again in backward.
+
+    Reentrant, because torch's other form compares the tensors that both passes save, and ZeRO 3 has partitioned frozen
+    weights in between.
+    """
+    if family not in FAMILIES:
+        raise BackboneError(
+            f"parallel.activation_checkpointing is not available for {family!r}, only for {', '.join(FAMILIES)}"
+        )
+    for _, block in blocks_of(model, FAMILIES[family]):
+        block.forward = _recomputed(block.forward)
+
+
+def _recomputed(forward: Any) -> Any:
+    def run(hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
+        def block(hidden: Tensor) -> Any:
+            return forward(hidden, *inputs, **named)
+
+        if not (torch.is_grad_enabled() and hidden_states.requires_grad):
+            return block(hidden_states)
+        return checkpoint(block, hidden_states, use_reentrant=True, preserve_rng_state=False)
+
+    return run
+
+
+def _zero_init(config: dict[str, Any], grid: ProcessGrid, dtype: torch.dtype) -> Any:
+    """What turns a parameter into ZeRO 3's, one at a time."""
+    import deepspeed
+
+    init = deepspeed.zero.Init(
+        config_dict_or_path=config, data_parallel_group=grid.data_group, dtype=dtype, mpu=_mpu(grid)
+    )
+    init._enable_mem_efficient_linear()  # torch's linear would hold on to the gathered weight until backward
+    return init
+
+
+def _mpu(grid: ProcessGrid) -> ProcessGrid | None:
+    return grid if grid.shards > 1 else None
+
+
+def _host(module: nn.Module, config: dict[str, Any], grid: ProcessGrid) -> Any:
     import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    # Every rank has read the same verified files. Sending them again would take time and, on CPU, copy every page of
+    # Every rank has read its part of the same files. Sending them again would take time and, on CPU, copy every page of
     # the weights that the ranks of a host share through the memory map.
     broadcast = DeepSpeedEngine._broadcast_model
     DeepSpeedEngine._broadcast_model = lambda engine: None
     try:
-        engine, *_ = deepspeed.initialize(model=module, config=config)
+        engine, *_ = deepspeed.initialize(model=module, config=config, mpu=_mpu(grid))
     finally:
         DeepSpeedEngine._broadcast_model = broadcast
     return engine

@@ -191,7 +191,12 @@ class Pace:
 def memory() -> dict[str, float]:
     """This process's peak memory: of the host, and of the device where there is one."""
     gib = 2**30
-    found = {"host_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / gib, 3)}
+    found = {"host_memory_gib": round(peak_host_bytes() / gib, 3)}
     if torch.cuda.is_available():
         found["device_memory_gib"] = round(torch.cuda.max_memory_allocated() / gib, 3)
     return found
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process has held so far, pages of mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

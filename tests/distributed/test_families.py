@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hosting import open_host
 from ranks import RankFailed, run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from megaptune.backbone.description import describe_backbone
-from megaptune.backbone.host import BackboneHost
-from megaptune.run.topology import connect, disconnect
+from megaptune.run.topology import disconnect
 
 pytestmark = pytest.mark.dist
 
@@ -49,7 +48,7 @@ def save(family: str, folder: Path) -> Path:
 
 def _scores(folder: Path, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores [2, V] of the same input, read our way and by transformers' own model."""
-    host = BackboneHost(describe_backbone(folder, "auto"), "fp32", stage, connect().device)
+    host = open_host(folder, zero_stage=stage)
     slots, places = torch.tensor([[5, 9, 11, 4], [7, 3, 8, 6]]), torch.tensor([3, 1])
     mask = torch.ones_like(slots) if host.kind == "masked" else None
     rows = host.output_rows()

@@ -4,22 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hosting import open_host
 from ranks import run_ranks
 
-from megaptune.backbone.description import describe_backbone
-from megaptune.backbone.host import BackboneHost
-from megaptune.run.topology import connect, disconnect
+from megaptune.run.topology import disconnect
 
 pytestmark = pytest.mark.dist
 
 
-def _host(folder: Path, stage: int) -> BackboneHost:
-    return BackboneHost(describe_backbone(folder, "auto"), "fp32", stage, connect().device)
-
-
 def _held_elements(folder: Path, stage: int) -> tuple[int, int]:
     """Elements of the backbone in this rank's memory between two steps, and in all."""
-    host = _host(folder, stage)
+    host = open_host(folder, zero_stage=stage)
     held = 0
     for parameter in host.module.parameters():
         partition = getattr(parameter, "ds_tensor", None)
@@ -30,7 +25,7 @@ def _held_elements(folder: Path, stage: int) -> tuple[int, int]:
 
 def _one_step(folder: Path, stage: int) -> tuple[bool, torch.Tensor]:
     """Whether any weight changed or collected a gradient in a step, and the gradient of the table."""
-    host = _host(folder, stage)
+    host = open_host(folder, zero_stage=stage)
     before = host.output_rows().weight.clone()
     table = torch.randn(3, host.width, generator=torch.Generator().manual_seed(0)).requires_grad_()
     slots = torch.tensor([[-1, 5, -2, -3], [-1, 9, -2, -3]])

@@ -74,20 +74,21 @@ def plain_step(model, tokenizer, kind, facts, prompts):
 
 def _trained_by_megaptune(config_path, learning_rate):
     """Gradient of the first step, then three SGD steps: losses, weights and batch order."""
-    from megaptune.backbone.host import BackboneHost
+    from hosting import open_host
+
     from megaptune.experiment import Experiment
     from megaptune.preparation import prepare_run
     from megaptune.run.directory import RunDirectory
     from megaptune.run.monitor import Monitor
     from megaptune.run.stopping import StopRequest
-    from megaptune.run.topology import connect, disconnect
+    from megaptune.run.topology import Topology, disconnect
     from megaptune.scoring import Scorer
     from megaptune.trainer import Trainer
 
     config = load_config(config_path)
-    topology, monitor = connect(), Monitor(False)
+    monitor = Monitor(False)
     prepared = prepare_run(config, monitor)
-    host = BackboneHost(prepared.backbone, "fp32", 0, topology.device)
+    host, topology = open_host(prepared.backbone.folder), Topology()
     directory = RunDirectory(config.run.directory)
     experiment = Experiment(prepared, topology, directory, monitor, StopRequest(None), host, "")
     task = prepared.tasks[0]
@@ -196,11 +197,11 @@ def test_padding_does_not_reach_the_answers(config_file, tiny):
 
 
 def _features(folder, examples, pad_id):
-    from megaptune.backbone.description import describe_backbone
-    from megaptune.backbone.host import BackboneHost
-    from megaptune.run.topology import connect, disconnect
+    from hosting import open_host
 
-    host = BackboneHost(describe_backbone(folder, "auto"), "fp32", 0, connect().device)
+    from megaptune.run.topology import disconnect
+
+    host = open_host(folder)
     table = torch.randn(ROWS, host.width, generator=torch.Generator().manual_seed(1))
 
     def features(members):

@@ -15,9 +15,10 @@ LAYERS = """
 __init__
 errors
 config_files            config
-run                     run.files  run.topology  run.stopping  run.monitor
-backbone                backbone.weight_files  backbone.description  backbone.embedded  backbone.zero_config
-kernels                 backbone.host
+run                     run.files  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
+backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
+backbone.description    backbone.embedded  backbone.zero_config
+kernels                 backbone.tensor_parallel  backbone.loading  backbone.output_rows  backbone.host
 run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom
 prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.soft_prompt

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from megaptune.backbone.host import OutputRows
+from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
+from megaptune.run.grid import ProcessGrid
 from megaptune.scoring import Figures, Scorer
 
 VOCABULARY, WIDTH = 50, 6
@@ -18,11 +19,10 @@ class Head:
         generator = torch.Generator().manual_seed(3)
         self.weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
         self.bias = torch.randn(VOCABULARY, generator=generator) if with_bias else None
-        self.vocabulary_size, self.device = VOCABULARY, torch.device("cpu")
+        self.vocabulary_size, self.device, self.grid = VOCABULARY, torch.device("cpu"), ProcessGrid()
 
     def output_rows(self, ids: torch.Tensor | None) -> OutputRows:
-        chosen = slice(None) if ids is None else ids
-        return OutputRows(self.weight[chosen], None if self.bias is None else self.bias[chosen], ids)
+        return OutputEmbedding(self, VOCABULARY, [], self.grid).rows(ids)
 
 
 def oracle(head: Head, features: torch.Tensor, answer: int, candidates: list[int]) -> tuple[float, int, int]:

@@ -1,0 +1,200 @@
+"""Tensor parallelism with plain local tensors: two collectives, a row-parallel layer, the vocabulary by rows.
+
+transformers' modules stay; their column layers merely get fewer outputs. A block costs two all-reduces forward and two
+backward, as in Megatron-LM (Shoeybi et al. 2019, section 3). What enters and leaves a block is the same on every rank
+of a group, and so is the gradient of the prompt table.
+
+B examples, T tokens, R table rows, D backbone width, V vocabulary, C candidates.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from megaptune.backbone.architectures import FAMILIES, Shard, blocks_of
+from megaptune.kernels import dispatch
+from megaptune.run.grid import ProcessGrid
+
+_UPCAST_ROWS = 4096  # candidate rows held in fp32 at a time
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity; backward sums over the group: before column layers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(gradient, ctx.group), None
+
+
+class _SumOutputs(torch.autograd.Function):
+    """Sums over the group; backward is the identity: after row layers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _all_reduce(x: Tensor, group: Any, op: Any = torch.distributed.ReduceOp.SUM) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, op=op, group=group)
+    return total
+
+
+def sum_gradients(x: Tensor, group: Any) -> Tensor:
+    return _SumGradients.apply(x, group)
+
+
+def sum_outputs(x: Tensor, group: Any) -> Tensor:
+    return _SumOutputs.apply(x, group)
+
+
+class RowParallel(nn.Module):
+    """A linear layer (or GPT-2's Conv1D) that holds the inputs of its rank; the bias is added once, after the sum."""
+
+    def __init__(self, layer: Any, group: Any) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = layer.weight
+        self.bias: nn.Parameter | None = layer.bias
+        self.transposed = isinstance(layer, Conv1D)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = x @ self.weight if self.transposed else F.linear(x, self.weight)
+        total = sum_outputs(partial, self.group)
+        return total if self.bias is None else total + self.bias
+
+
+def divide(model: nn.Module, config: Any, plan: dict[str, Shard], grid: ProcessGrid) -> None:
+    """Shrink a model on meta, in place, to what ``plan`` says that this rank holds, and put the collectives in."""
+    if grid.shards == 1:
+        return
+    family = FAMILIES[config.model_type]
+    for name, shard in plan.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.new_empty(shard.shape(tuple(parameter.shape)))
+    for _, block in blocks_of(model, family):
+        for name in family.columns:
+            layer: Any = block.get_submodule(name)
+            if isinstance(layer, Conv1D):
+                layer.nf = layer.weight.shape[1]
+            else:
+                layer.out_features = layer.weight.shape[0]
+        for name in family.rows:
+            owner, _, leaf = name.rpartition(".")
+            setattr(block.get_submodule(owner), leaf, RowParallel(block.get_submodule(name), grid.tensor_group))
+        for name, counts in family.divided.items():
+            for count in counts:
+                module = block.get_submodule(name)
+                setattr(module, count, getattr(module, count) // grid.shards)
+        _regroup_queries(block, config, grid.shards)
+        for name in family.enters:
+            _enter(block.get_submodule(name), grid.tensor_group)
+
+
+def _regroup_queries(block: nn.Module, config: Any, shards: int) -> None:
+    """Where several ranks hold the same key-value head, fewer queries share it on each."""
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    if kv_heads and shards > kv_heads:
+        for module in block.modules():
+            if hasattr(module, "num_key_value_groups"):
+                module.num_key_value_groups = config.num_attention_heads // shards
+
+
+def _enter(module: nn.Module, group: Any) -> None:
+    """Sum the gradient of what comes into ``module``: its hidden states, first or by name."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if inputs:
+            return (sum_gradients(inputs[0], group), *inputs[1:]), named
+        return inputs, {**named, "hidden_states": sum_gradients(named["hidden_states"], group)}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+# -- the vocabulary ----------------------------------------------------------------------------------------------
+
+
+class _LookUp(torch.autograd.Function):
+    """Rows of a vocabulary that ranks hold in turn; the gradient, if wanted, goes to the rows of this rank."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, rows: Tensor, first: int, group: Any) -> Tensor:
+        mine = (slots >= first) & (slots < first + len(rows))
+        index = torch.where(mine, slots - first, 0)
+        ctx.save_for_backward(index, mine)
+        ctx.shape = rows.shape
+        found = (
+            rows[index] * mine[..., None].to(rows.dtype) if len(rows) else rows.new_zeros(*slots.shape, rows.shape[1])
+        )
+        return _all_reduce(found, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, None, None]:
+        if not ctx.needs_input_grad[1]:
+            return None, None, None, None
+        index, mine = ctx.saved_tensors
+        rows = gradient.new_zeros(ctx.shape)
+        rows.index_add_(0, index[mine], gradient[mine])
+        return None, rows, None, None
+
+
+def splice(slots: Tensor, rows: Tensor, first: int, table: Tensor, scale: float, group: Any) -> Tensor:
+    """As ``dispatch.prompt_splice``, over a vocabulary of which this rank holds ``rows`` [.., D] from id ``first`` on.
+
+    slots [B, T], table [R, D] fp32 -> embeds [B, T, D], the same on every rank of the group.
+    """
+    words = _LookUp.apply(slots, rows, first, group).flatten(0, 1)
+    places = torch.arange(slots.numel(), device=slots.device).view_as(slots)
+    return dispatch.prompt_splice(torch.where(slots < 0, slots, places), words, table, scale)
+
+
+def parallel_softmax(
+    features: Tensor, rows: Tensor, index: Tensor, labels: Tensor, bias: Tensor | None, group: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy over candidates whose rows the ranks of a group hold in parts; no rank sees all logits.
+
+    features  [B, D], the same on every rank
+    rows      [c, D], this rank's candidates, perhaps none; bias [c] or None
+    index     [c] int64, ascending: their places among all candidates
+    labels    [B] int64, places among all candidates
+
+    Returns loss [B] fp32, rank [B] and prediction [B] as ``dispatch.verbalizer_softmax`` does, and d loss / d features
+    [B, D], the same on every rank of the group.
+    """
+    ops = torch.distributed.ReduceOp
+    wide, blocks = features.float(), rows.split(_UPCAST_ROWS)  # a split of no rows is one empty block
+    logits = torch.cat([wide @ block.float().T for block in blocks], dim=1)  # [B, c]
+    if bias is not None:
+        logits = logits + bias.float()
+    floor = torch.finfo(torch.float32).min
+    padded = torch.cat([logits, logits.new_full((len(logits), 1), floor)], dim=1)  # a rank may hold no candidate
+    top = padded.amax(dim=1)
+    best = _all_reduce(top, group, ops.MAX)
+    is_label = index == labels[:, None]
+    exponentials = torch.exp(logits - best[:, None])
+    sums = torch.stack([exponentials.sum(dim=1), torch.where(is_label, logits, 0.0).sum(dim=1)])
+    total, at_label = _all_reduce(sums, group)
+    loss = total.log() + best - at_label
+    # A NaN counts for the other candidate, as in the plain statement.
+    not_better = is_label | (logits < at_label[:, None]) | ((logits == at_label[:, None]) & (index > labels[:, None]))
+    beaten_by = (~not_better).sum(dim=1)
+    nowhere = torch.iinfo(torch.int64).max
+    place = torch.where((logits == best[:, None]) | logits.isnan(), index, nowhere)
+    place = torch.cat([place, place.new_full((len(place), 1), nowhere)], dim=1).amin(dim=1)
+    prediction = _all_reduce(place, group, ops.MIN)
+    probabilities = exponentials / total[:, None] - is_label.float()
+    parts = probabilities.split(_UPCAST_ROWS, dim=1)
+    gradient = sum((part @ block.float() for part, block in zip(parts, blocks, strict=True)), wide.new_zeros(()))
+    return loss, _all_reduce(beaten_by, group), prediction, _all_reduce(gradient, group).to(features.dtype)
