@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from megaptune.backbone.fingerprint import rows_checksum
 from megaptune.backbone.host import BackboneHost
-from megaptune.backbone.weight_files import fingerprint
+from megaptune.backbone.weight_files import verify_checksums
 from megaptune.config import Config, Reading
 from megaptune.errors import SetupError
 from megaptune.evaluation import Outcome, evaluate
@@ -39,7 +40,6 @@ class Experiment:
     monitor: Monitor
     stop: StopRequest
     host: BackboneHost
-    backbone_sha256: str
 
     @classmethod
     def open(
@@ -51,11 +51,11 @@ class Experiment:
             dispatch.choose(config.kernels.implementation, require=config.kernels.require)
         except ValueError as error:
             raise SetupError(f"kernels.implementation: {error}") from None
-        sha256 = on_main(topology, lambda: fingerprint(backbone.folder, config.backbone.verify))
-        on_main(topology, lambda: directory.remember_backbone(sha256, backbone.family))
+        on_main(topology, lambda: _check_files(prepared, directory))
         grid = build_grid(topology, config.parallel.tensor_parallel, config.parallel.across_nodes)
         host = BackboneHost(backbone, config.backbone.dtype, config.parallel, grid, topology.device)
-        return cls(prepared, topology, directory, monitor, stop, host, sha256)
+        on_main(topology, lambda: directory.remember_backbone(host.fingerprint, backbone.family))
+        return cls(prepared, topology, directory, monitor, stop, host)
 
     @property
     def config(self) -> Config:
@@ -121,7 +121,7 @@ class Experiment:
                 "kind": self.host.kind,
                 "encoder": self.config.prompt.encoder,
                 "seed": seed,
-                "backbone_sha256": self.backbone_sha256,
+                "backbone": self.host.fingerprint.as_dict(),
             }
             write_prompt(folder / "prompt", vectors, trainer.best_weights, about)
         selection = {"best_epoch": trainer.selection.best_epoch, "best_dev_p_at_1": trainer.selection.best}
@@ -212,6 +212,15 @@ class Experiment:
             f"{host.device.type}, {torch.get_num_threads()} threads a rank\n"
             f"batch      {train.global_batch} examples = {pieces} micro-batches of {micro}, "
             f"{-(-pieces // world)} a rank at most{idle}\n"
+            f"loaded     {host.load_report}\n"
             f"kernels    {kernels}\n"
             f"run        {self.directory.path}"
         )
+
+
+def _check_files(prepared: PreparedRun, directory: RunDirectory) -> None:
+    """Before weights are read: are they whole, and those that the run directory knows?"""
+    folder = prepared.backbone.folder
+    if prepared.config.backbone.verify:
+        verify_checksums(folder)
+    directory.check_backbone(rows_checksum(folder))

@@ -28,13 +28,13 @@ def _convert_together(cache: Path) -> tuple[str, int]:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_ranks_that_start_together_convert_once_and_share_a_whole_folder(tmp_path):
-    from megaptune.backbone.weight_files import fingerprint
+    from megaptune.backbone.weight_files import verify_checksums
 
     answers = run_ranks(3, _convert_together, tmp_path)
     assert sorted(conversions for _, conversions in answers) == [0, 0, 1]
     assert len({folder for folder, _ in answers}) == 1
     folder = tmp_path / embedded.NAME
-    assert fingerprint(folder, verify=True) == fingerprint(folder, verify=False)
+    verify_checksums(folder)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [embedded.NAME, f"{embedded.NAME}.lock"]
 
 
