@@ -19,7 +19,7 @@ run                     run.files  run.topology  run.grid  run.exact_sum  run.st
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
 backbone.description    backbone.embedded  backbone.zero_config
 kernels                 backbone.fingerprint  backbone.tensor_parallel  backbone.loading  backbone.whole_model
-backbone.output_rows    backbone.host
+backbone.output_rows    backbone.nvme  backbone.host
 run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom
 prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.soft_prompt
