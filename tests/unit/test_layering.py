@@ -16,7 +16,11 @@ __init__
 errors
 config_files            config
 run                     run.files  run.topology  run.stopping  run.monitor
-backbone                backbone.weight_files  backbone.description  backbone.embedded  backbone.zero_config
+backbone                backbone.weight_files  backbone.description
+backbone.convert        backbone.convert.torch_file  backbone.convert.output  backbone.convert.conversion
+backbone.convert.parts  backbone.convert.bpe  backbone.convert.fairseq_dictionary  backbone.convert.fairseq_megatron
+backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
+backbone.embedded       backbone.zero_config
 kernels                 backbone.host
 run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom

@@ -2,9 +2,9 @@
 
 A pickle can call any function that it can name. Here it can name only what stands in ``_ALLOWED`` and, for the settings
 objects of the programs in ``_FOREIGN``, a :class:`Placeholder`: nothing is ever imported because a file asks for it, so
-neither fairseq nor Megatron needs to be installed. This is ``torch.load``'s ``weights_only``, with two differences: the
-tensors stay in the file, and that also in the format from before torch 1.6, which ``torch.load`` can't map. The released
-megatron_11b and early Megatron-LM checkpoints are of that age.
+neither fairseq nor Megatron needs to be installed. This is the idea of ``torch.load``'s ``weights_only``, except that
+tensors stay in the file, also in the format from before torch 1.6, which ``torch.load`` can't map into memory. The
+released megatron_11b and the early Megatron-LM checkpoints are of that age.
 """
 
 import io
@@ -105,7 +105,7 @@ class StoredTensor(_Sealed):
         buffer = torch.empty(self._extent * size, dtype=torch.uint8)
         with self.file.open("rb") as handle:
             handle.seek(self.storage.start + self.offset * size)
-            if handle.readinto(memoryview(buffer.numpy())) != len(buffer):
+            if handle.readinto(buffer.numpy().data) != len(buffer):
                 raise BackboneError(f"{self.file}: the file ended within a tensor; copy it again")
         return buffer.view(self.dtype).as_strided(self.shape, self.stride)
 
@@ -161,7 +161,9 @@ def load(path: Path) -> Any:
     length = path.stat().st_size
     for storage in storages:
         if storage.start is None or storage.start + storage.num_bytes > length:
-            raise BackboneError(f"{path}: truncated: it has {length} bytes and its tensors reach further; copy it again")
+            raise BackboneError(
+                f"{path}: truncated: it has {length} bytes and its tensors reach further; copy it again"
+            )
     return found
 
 
@@ -191,7 +193,7 @@ def _load_zip(handle: BinaryIO, path: Path) -> tuple[Any, list[_Storage]]:
 
 
 def _load_legacy(handle: BinaryIO, path: Path) -> tuple[Any, list[_Storage]]:
-    """The format before torch 1.6: pickles one after another, the list of storage keys, then ``numel`` and data of each."""
+    """The format before torch 1.6: four pickles, one with the list of storage keys, then ``numel`` and data of each."""
     storages: dict[str, _Storage] = {}
 
     def storage(dtype: torch.dtype, key: str, numel: int) -> _Storage:
@@ -272,7 +274,7 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
 
 
 def _enum_member(owner: Any, name: str) -> Placeholder:
-    """Python 3.11.0 to 3.11.3 pickle an enum's member as ``getattr(class, name)``: only placeholders are looked into."""
+    """Some releases of Python 3.11 pickle an enum's member as ``getattr(class, name)``."""
     if not (isinstance(owner, type) and issubclass(owner, Placeholder)):
         raise pickle.UnpicklingError("getattr on something else than an enum")
     return owner(name)
