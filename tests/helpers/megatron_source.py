@@ -149,16 +149,15 @@ def foreign_modules() -> Iterator[dict[str, Any]]:
         def __init__(self) -> None:
             self.cur_scale = 65536.0
 
-    classes = {"megatron.model.enums": AttnMaskType, "fp16.loss_scaler": DynamicLossScaler}
-    for name, made in classes.items():
+    names = ("megatron", "megatron.model", "megatron.model.enums", "fp16", "fp16.loss_scaler")
+    sys.modules.update({name: types.ModuleType(name) for name in names})
+    for name, made in (("megatron.model.enums", AttnMaskType), ("fp16.loss_scaler", DynamicLossScaler)):
         made.__module__, made.__qualname__ = name, made.__name__
-        module = types.ModuleType(name)
-        setattr(module, made.__name__, made)
-        sys.modules[name] = module
+        setattr(sys.modules[name], made.__name__, made)
     try:
         yield {"mask": AttnMaskType.causal, "scaler": DynamicLossScaler()}
     finally:
-        for name in classes:
+        for name in names:
             del sys.modules[name]
 
 
