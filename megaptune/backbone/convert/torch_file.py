@@ -224,6 +224,7 @@ class _Unpickler(pickle.Unpickler):
         self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # as protocol 2 spells it
         full = f"{module}.{name}"
         if full in _ALLOWED:
             return _ALLOWED[full]
