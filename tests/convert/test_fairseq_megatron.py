@@ -1,4 +1,4 @@
-"""megatron_11b in small: what the converted folder computes is what fairseq's decoder computes; its ids are fairseq's."""
+"""megatron_11b in small: the converted folder computes what fairseq's decoder computes, from fairseq's ids."""
 
 import json
 import os

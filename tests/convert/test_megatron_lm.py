@@ -95,7 +95,9 @@ def test_the_ranks_folder_itself_and_model_rng(tmp_path, merges):
 
 def test_vocabulary_size_given_by_hand(tmp_path, merges):
     write(tmp_path / "source", random_model(400))
-    with pytest.raises(BackboneError, match=r"267 tokens, which Megatron-LM pads to 272 rows, .*400: another tokenizer\?"):
+    with pytest.raises(
+        BackboneError, match=r"267 tokens, which Megatron-LM pads to 272 rows, .*400: another tokenizer\?"
+    ):
         converted(tmp_path / "source", merges)
     folder = converted(tmp_path / "source", merges, vocab_size=300)
     assert AutoModelForCausalLM.from_pretrained(folder).lm_head.weight.shape == (300, WIDTH)
@@ -199,7 +201,10 @@ DENSE_BIAS = "layers.0.self_attention.dense.bias"
 
 BAD = {
     "missing rank": (without("mp_rank_01_000"), r"mp_rank_01_000 is missing: 3 of 4 ranks"),
-    "missing file": (without("mp_rank_01_001/model_optim_rng.pt"), "mp_rank_01_001 holds neither model_optim_rng.pt nor"),
+    "missing file": (
+        without("mp_rank_01_001/model_optim_rng.pt"),
+        "mp_rank_01_001 holds neither model_optim_rng.pt nor",
+    ),
     "truncated": (truncated, "model_optim_rng.pt: truncated"),
     "tracker": (tracker("three"), "expected 'release' or a number, found 'three'"),
     "iteration that is not there": (tracker("5"), "names iter_0000005, which is not there"),

@@ -152,7 +152,7 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     for number, content in enumerate((b"hello", b"PK\x03\x04 no archive", pickle.dumps({"model": 1}), bytes(1000))):
         file = tmp_path / f"{number}.pt"
         file.write_bytes(content)
-        with pytest.raises(BackboneError, match="truncated, damaged or not written by torch.save"):
+        with pytest.raises(BackboneError, match=r"truncated, damaged or not written by torch\.save"):
             load(file)
 
 

@@ -1,5 +1,6 @@
 """GPT-2's byte-level BPE written out plainly, and a few merges to try it with."""
 
+import itertools
 from pathlib import Path
 
 import regex
@@ -54,7 +55,7 @@ def encode(text: str, merges: list[tuple[str, str]]) -> list[int]:
     for word in _PIECES.findall(text):
         pieces = [table[byte] for byte in word.encode()]
         while len(pieces) > 1:
-            pairs = list(zip(pieces, pieces[1:], strict=False))
+            pairs = list(itertools.pairwise(pieces))
             best = min(pairs, key=lambda pair: rank.get(pair, len(rank)))
             if best not in rank:
                 break

@@ -18,7 +18,7 @@ Format = Literal["auto", "fairseq-megatron", "megatron-lm", "gguf"]
 
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 
 def parse_size(text: str) -> int:
@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 
     :raises ConfigError: anything else.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?|)B?", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]|[KMG]i|)B?", text.strip())
     num_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if num_bytes < 1:
         raise ConfigError(f"--max-shard {text!r}: expected a size such as 2GiB or 500MB")
