@@ -83,6 +83,12 @@ def test_a_release_without_args_needs_the_number_of_heads(tmp_path, merges):
     assert_same_logits(converted(tmp_path / "source", merges, heads=8), model)
 
 
+def test_heads_that_contradict_the_args_are_refused(tmp_path, merges):
+    write(tmp_path / "source", random_model(padded_rows(1)))
+    with pytest.raises(ConfigError, match=r"--heads 4, but the args of .* say num_attention_heads 8"):
+        converted(tmp_path / "source", merges, heads=4)
+
+
 def test_the_ranks_folder_itself_and_model_rng(tmp_path, merges):
     model = random_model(padded_rows(2))
     place = write(tmp_path / "source", model, tensor_parallel=2, file="model_rng.pt")

@@ -323,7 +323,9 @@ def _flatten(model: Any, file: Path, name: str) -> dict[str, StoredTensor]:
 
 def _heads(checkpoint: _Checkpoint, options: Options, width: int) -> int:
     settings, file = checkpoint.settings, checkpoint.files[0]
-    heads = options.heads or settings.get("num_attention_heads")
+    heads = settings.get("num_attention_heads", options.heads)
+    if options.heads not in (None, heads):
+        raise ConfigError(f"--heads {options.heads}, but the args of {file} say num_attention_heads {heads}")
     if heads is None:
         raise ConfigError(f"{file} has no args, as early checkpoints: give the number of attention heads with --heads")
     if type(heads) is not int or heads < 1 or width % heads or heads % checkpoint.tensor_parallel:
