@@ -34,6 +34,7 @@ setup(
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "mpi4py>=4",
+        "psutil>=5.9",
         "pydantic>=2.11,<3",
         "pyyaml>=6",
         "rich>=13",

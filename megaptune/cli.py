@@ -1,4 +1,4 @@
-"""The command line: ``megaptune train|check|report|checksum|env``."""
+"""The command line: ``megaptune train|check|preflight|report|checksum|env``."""
 
 import os
 import sys
@@ -79,6 +79,23 @@ def check(config: ConfigOption, overrides: SetOption = None) -> None:
                     ]
                     monitor.say(f"  {' '.join(pieces)} -> {encoded.test[0].record.answer}")
         monitor.say("the configuration is sound")
+
+    _exit_with(work)
+
+
+@app.command()
+def preflight(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Check every host before a run: start it with the launcher, hosts and ranks of the run."""
+
+    def work() -> None:
+        settings = _load(config, overrides)
+        from megaptune.session import run_preflight
+
+        run_preflight(settings)
 
     _exit_with(work)
 

@@ -19,6 +19,7 @@ from megaptune.kernels import dispatch
 from megaptune.preparation import PreparedRun
 from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.table import ResultsTable
+from megaptune.run import roll_call
 from megaptune.run.directory import RunDirectory
 from megaptune.run.files import write_json, write_whole
 from megaptune.run.monitor import Monitor
@@ -52,7 +53,9 @@ class Experiment:
             raise SetupError(f"kernels.implementation: {error}") from None
         sha256 = on_main(topology, lambda: fingerprint(backbone.folder, config.backbone.verify))
         on_main(topology, lambda: directory.remember_backbone(sha256, backbone.family))
+        roll_call.mark("reading the backbone")
         host = BackboneHost(backbone, config.backbone.dtype, config.parallel.zero_stage, topology.device)
+        roll_call.mark("working towards the first step")
         return cls(prepared, topology, directory, monitor, stop, host, sha256)
 
     @property

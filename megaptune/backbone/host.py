@@ -21,6 +21,7 @@ from megaptune.backbone.description import BackboneDescription
 from megaptune.backbone.zero_config import frozen_backbone_config
 from megaptune.errors import BackboneError, first_line
 from megaptune.kernels import dispatch
+from megaptune.run import roll_call
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # relative to the largest logit; bf16 has 8 bits of mantissa
@@ -97,6 +98,7 @@ class BackboneHost:
         self.vocabulary_size, self.width = self.module.vocabulary.shape
         if zero_stage == 0:
             _group_gradients(self.module)
+        roll_call.mark("handing the backbone to DeepSpeed")
         self.engine = _host(self.module, frozen_backbone_config(zero_stage, dtype))
         self._check_probe(probe_ids, probe_logits)
 

@@ -15,8 +15,9 @@ LAYERS = """
 __init__
 errors
 config_files            config
-run                     run.files  run.topology  run.stopping  run.monitor
+run                     run.files  run.roll_call  run.topology  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.description  backbone.embedded  backbone.zero_config
+run.preflight
 kernels                 backbone.host
 run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom
