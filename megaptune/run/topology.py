@@ -142,7 +142,7 @@ def _export(topology: Topology) -> None:
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
     elif topology.world_size == 1:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+    elif topology.launcher in ("openmpi", "mpich"):
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _meet_through_mpi(topology)
     try:
         int(os.environ["MASTER_PORT"])
@@ -154,26 +154,31 @@ def _export(topology: Topology) -> None:
 
 
 def _meet_through_mpi(topology: Topology) -> tuple[str, str]:
-    """Rank 0's address and a port that is free there, told to all through MPI; variables that are set win."""
-    by_hand = "or set MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
+    """Rank 0's address and a port that is free there, told to all through MPI.
+
+    MASTER_ADDR and MASTER_PORT win where rank 0 has them. That the other ranks have them does not follow (mpirun hands
+    variables to its own host only), so all ask; where MPI cannot be used they must be set for every rank.
+    """
+    by_hand = "set MASTER_ADDR and MASTER_PORT for all ranks (mpirun -x MASTER_ADDR=... -x MASTER_PORT=...)"
     try:
         from mpi4py import MPI
+
+        world = MPI.COMM_WORLD
+        problem = ""
+        if world.Get_size() != topology.world_size:
+            ranks = f"{topology.launcher} started {topology.world_size} ranks, but mpi4py sees {world.Get_size()}"
+            problem = f"{ranks}: it loads another MPI than that mpirun; use the one that mpi4py finds, or {by_hand}"
     except (ImportError, RuntimeError) as error:
-        raise SetupError(
-            f"mpi4py cannot load the MPI that started this rank: {first_line(error)}; mend it, {by_hand}"
-        ) from None
-    world = MPI.COMM_WORLD
-    if world.Get_size() != topology.world_size:
-        raise SetupError(
-            f"{topology.launcher} started {topology.world_size} ranks, but mpi4py sees {world.Get_size()}: it loads "
-            f"another MPI than that mpirun; use the one mpi4py finds, {by_hand}"
-        )
-    here = socket.gethostname()
-    hosts = world.allgather(here)
+        problem = f"mpi4py cannot load the MPI that started this rank ({first_line(error)}); mend it, or {by_hand}"
+    if problem:
+        if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            return os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+        raise SetupError(problem)
     place = None
+    on_one_host = len(set(world.allgather(socket.gethostname()))) == 1
     if topology.is_main:
-        address = "127.0.0.1" if set(hosts) == {here} else _own_address()
-        place = os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT") or str(_free_port())
+        address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if on_one_host else _own_address())
+        place = address, os.environ.get("MASTER_PORT") or str(_free_port())
     place = world.bcast(place, root=0)
     MPI.Finalize()  # nothing else uses it, and its own farewell at exit waits for ranks that may be gone
     return cast(tuple[str, str], place)
