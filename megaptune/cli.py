@@ -173,7 +173,7 @@ def _exit_with(work: Callable[[], None]) -> None:
         _tell(str(stop))
         raise typer.Exit(stop.exit_code) from None
     except MegaptuneError as error:
-        _tell(f"error: {error}")
+        _tell(f"error: {error}", error.on_every_rank)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -182,13 +182,15 @@ def _exit_with(work: Callable[[], None]) -> None:
         raise typer.Exit(1) from None
 
 
-def _tell(message: str) -> None:
+def _tell(message: str, on_every_rank: bool = False) -> None:
     """Print on rank 0. The others wait for it to end the job: a launcher kills all ranks when one leaves with an error,
     and an error that rank 0 does not meet still gets out, with the rank's number."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     rank = next((int(os.environ[name]) for name in names if name in os.environ), 0)
     if rank:
-        time.sleep(15)
+        time.sleep(5 if on_every_rank else 15)
+        if on_every_rank:
+            return
         message = f"rank {rank}: {message}"
     print(message, file=sys.stderr, flush=True)
 

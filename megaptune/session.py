@@ -61,7 +61,7 @@ def run_preflight(config: Config) -> None:
         Monitor(topology.is_main).show(preflight.table(checks))
         failed = [check for check in checks if check.failed]
         if failed:
-            raise failed[0].error(f"{len(failed)} of {len(checks)} checks failed")
+            raise failed[0].error(f"{len(failed)} of {len(checks)} checks failed").shared()
     finally:
         ranks.disconnect()
 

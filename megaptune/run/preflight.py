@@ -79,7 +79,7 @@ def require(config: Config, topology: Topology) -> None:
     failed = [check for check in run_checks(config, topology) if check.failed]
     if failed:
         lines = [f"preflight {check.number}, {check.name}: {check.finding}; {check.remedy}" for check in failed]
-        raise failed[0].error("\n".join(lines))
+        raise failed[0].error("\n".join(lines)).shared()
 
 
 def run_checks(config: Config, topology: Topology) -> list[Check]:

@@ -230,7 +230,7 @@ def join(
     if verdict["error"]:
         if rank == 0:
             _poll(lambda: store.add("heard roll", 0) >= verdict["present"] - 1, 3.0)
-        raise SetupError(verdict["error"])
+        raise SetupError(verdict["error"]).shared()
     _current = RollCall(store, rank, world_size, verdict["hosts"])
     return _current
 

@@ -302,7 +302,7 @@ def on_main(topology: Topology, work: Callable[[], T]) -> T:
             error = failure
     result, error = agree((result, error))
     if error is not None:
-        raise error
+        raise error.shared()
     return cast(T, result)
 
 
