@@ -91,12 +91,14 @@ def pip_sources() -> tuple[list[str], dict[str, str]]:
     debug = subprocess.run([*pip, "debug"], capture_output=True, text=True, check=True).stdout
     settings = subprocess.run([*pip, "list"], capture_output=True, text=True, check=True).stdout
     paths = set(re.findall(r"^ *(/\S+), exists: True", debug, flags=re.MULTILINE))
-    for scheme, path in re.findall(r"(file://)?(?<![\w:/])(/[^/\s'][^\s']*)", settings):
+    for scheme, path in re.findall(r"(file://|(?<![\w:/]))(/[^/\s'][^\s']*)", settings):
         # The pages of an index lead to files beside it; a certificate may be a link to one beside it.
         beside = scheme or Path(path).is_file()
         paths.add(str(Path(path).parent) if beside else path)
     variables = {name: os.environ[name] for name in DECLARED if name in os.environ}
-    return sorted(path for path in paths if Path(path).exists()), variables
+    there = {path for path in paths if Path(path).exists()}
+    outermost = sorted(path for path in there if there.isdisjoint(map(str, Path(path).parents)))
+    return outermost, variables
 
 
 DECLARED = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_CERT")
