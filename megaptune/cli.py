@@ -182,13 +182,17 @@ def _exit_with(work: Callable[[], None]) -> None:
         raise typer.Exit(1) from None
 
 
+_OWN_ERROR_S, _SHARED_ERROR_S = 15.0, 5.0
+"""How long ranks other than 0 wait before they leave with an error of theirs, or of every rank."""
+
+
 def _tell(message: str, on_every_rank: bool = False) -> None:
     """Print on rank 0. The others wait for it to end the job: a launcher kills all ranks when one leaves with an error,
     and an error that rank 0 does not meet still gets out, with the rank's number."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     rank = next((int(os.environ[name]) for name in names if name in os.environ), 0)
     if rank:
-        time.sleep(5 if on_every_rank else 15)
+        time.sleep(_SHARED_ERROR_S if on_every_rank else _OWN_ERROR_S)
         if on_every_rank:
             return
         message = f"rank {rank}: {message}"

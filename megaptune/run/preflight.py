@@ -131,6 +131,9 @@ def _backbone(config: Config) -> tuple[dict[str, int], str]:
     try:
         weights = weight_files(folder)
         beside = [file for file in sorted(folder.glob("*.json")) if file.is_file()]
+        closed = [file.name for file in [*beside, *weights] if not os.access(file, os.R_OK, effective_ids=True)]
+        if closed:
+            return {}, f"{folder}: this user may not read {', '.join(closed[:4])}"
         return {file.name: file.stat().st_size for file in [*beside, *weights]}, ""
     except BackboneError as error:
         return {}, str(error)

@@ -32,7 +32,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
     made = Images(tmp_path_factory.mktemp("images"))
     try:
         made.make_base("localhost/base")
-        made.build("localhost/megaptune", ROOT / "docker" / "Dockerfile", ROOT, BASE_IMAGE="localhost/base")
+        made.build(
+            "localhost/megaptune", ROOT / "docker" / "Dockerfile", ROOT, BASE_IMAGE="localhost/base", PACKAGES="pdsh"
+        )
         yield made
     finally:
         made.remove()
@@ -50,7 +52,8 @@ def test_the_image_trains_with_two_ranks_as_a_user_without_privileges(images, ti
     write_config(inputs, backbone={"path": "llama"}, task=files)  # relative to the file, so good at any place
     work.mkdir()
     os.chown(work, USER, USER)
-    inputs.chmod(0o755)
+    for path in (inputs, *inputs.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     said = images.start(
         "localhost/megaptune",
         *("--config", "/data/config.yaml", "--set", "run.directory=run"),

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,20 +36,24 @@ class Left:
 
 
 @pytest.fixture
-def start(config_file: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[int, Left]]:
+def start(
+    config_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[int, Left]]:
     """``start(2, [0])``: rank 0 of 2 runs ``megaptune train`` with the overrides; how the started ranks left."""
     import deepspeed  # noqa: F401  paid once, before the forks
     import transformers  # noqa: F401
 
     config = config_file()
+    monkeypatch.setattr(cli, "_OWN_ERROR_S", 1.0)
+    monkeypatch.setattr(cli, "_SHARED_ERROR_S", 1.0)
 
     def run(
-        world: int, ranks: list[int], *overrides: str, of_rank: str = "", port: int | None = None
+        world: int, ranks: list[int], *overrides: str, of_rank_1: str = "", port: int | None = None
     ) -> dict[int, Left]:
         place = port or _free_port()
         processes = {}
         for rank in ranks:
-            own = [of_rank] if of_rank and rank == 1 else []
+            own = [of_rank_1] if of_rank_1 and rank == 1 else []
             arguments = [part for override in (*overrides, *own) for part in ("--set", override)]
             command = ["train", "--config", str(config), *arguments]
             target = (rank, world, place, command, tmp_path / f"rank{rank}.log")
@@ -58,9 +63,8 @@ def start(config_file: Callable[..., Path], tmp_path: Path) -> Callable[..., dic
             deadline = time.monotonic() + 90
             for rank, process in processes.items():
                 process.join(max(0.0, deadline - time.monotonic()))
-                assert process.exitcode is not None, (
-                    f"rank {rank} did not leave: {(tmp_path / f'rank{rank}.log').read_text()}"
-                )
+                said = tmp_path / f"rank{rank}.log"
+                assert process.exitcode is not None, f"rank {rank} did not leave: {said.read_text(encoding='utf-8')}"
         finally:
             for process in processes.values():
                 if process.is_alive():
@@ -78,16 +82,16 @@ def _rank(rank: int, world: int, port: int, command: list[str], log: Path) -> No
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    with log.open("wb") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
     code = 1
-    try:
-        cli.app(command)
-    except SystemExit as leaving:
-        code = int(leaving.code or 0)
-    finally:
-        os._exit(code)
+    with log.open("w", encoding="utf-8", buffering=1) as output:
+        sys.stdout = sys.stderr = output
+        try:
+            cli.app(command)
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        finally:
+            output.flush()
+            os._exit(code)
 
 
 def _free_port() -> int:
@@ -215,7 +219,7 @@ preflight_versions = preflight.versions()
 
 
 def test_another_configuration_on_one_rank(start, tmp_path):
-    left = start(2, [0, 1], of_rank="train.epochs=3")
+    left = start(2, [0, 1], of_rank_1="train.epochs=3")
     assert [rank.code for rank in left.values()] == [3, 3]
     assert f"preflight 2, configuration: rank 1 ({HERE}) resolved another configuration than rank 0" in left[0].said
     assert not (tmp_path / "run").exists()

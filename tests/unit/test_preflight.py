@@ -1,5 +1,8 @@
 """The judgement of hosts from the facts that their ranks collected."""
 
+import os
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +156,23 @@ def test_all_failures_are_in_one_message(config_file, tmp_path):
     assert lines[0].startswith(f"preflight 5, backbone: backbone.path: folder not found: {tmp_path / 'no'}; point")
     assert lines[1].startswith("preflight 8, disk space: rank 0 (")
     assert refusal.value.on_every_rank
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can read as another user: weights of others were NOT tested")
+def test_weights_that_the_user_may_not_read(tiny):
+    """save_pretrained makes them readable for their writer alone, and a container has another user."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(shutil.copytree(tiny("llama"), Path(place) / "llama"))
+        for path in (Path(place), folder, *folder.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        (folder / "model.safetensors").chmod(0o600)
+        config = validate({**SETTINGS, "backbone": {"path": str(folder)}}, "config.yaml")
+        os.seteuid(65534)
+        try:
+            facts = collect(config, Topology())
+        finally:
+            os.seteuid(0)
+    assert facts.backbone_error == f"{folder}: this user may not read model.safetensors"
 
 
 def test_it_can_be_switched_off(config_file):
