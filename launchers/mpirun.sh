@@ -25,4 +25,5 @@ for name in PYTHONPATH MASTER_ADDR MASTER_PORT ${EXPORT:-}; do
     if [ -n "${!name+set}" ]; then options+=(-x "$name"); fi
 done
 read -ra more <<<"${MPIRUN_ARGS:-}"
-exec mpirun "${options[@]}" "${more[@]}" python3 -u "$root/megaptune/train.py" "$@"
+# By its path: other hosts have their own PATH.
+exec mpirun "${options[@]}" "${more[@]}" "$(command -v python3)" -u "$root/megaptune/train.py" "$@"

@@ -95,6 +95,8 @@ class Experiment:
         self.monitor.rewind(f"{task.data.name}/manual", None, 0)
         nothing = torch.zeros(0, self.host.width, device=self.host.device)
         outcomes = self.evaluate(task.manual.test, nothing, scorers)
+        if "ptuning" not in self.config.methods:
+            roll_call.mark("training")  # no step will come
         self.finish(task, "manual", None, task.manual, outcomes, {})
 
     def run_ptuning(self, task: PreparedTask, scorers: dict[Reading, Scorer], seed: int) -> None:

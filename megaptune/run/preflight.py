@@ -27,7 +27,7 @@ from megaptune import __version__
 from megaptune.backbone.embedded import is_embedded
 from megaptune.backbone.weight_files import weight_files
 from megaptune.config import Config, LamaTask
-from megaptune.errors import BackboneError, MegaptuneError, SetupError
+from megaptune.errors import BackboneError, DataError, MegaptuneError, SetupError
 from megaptune.run.files import write_whole
 from megaptune.run.topology import Topology, agree, gather
 
@@ -310,9 +310,11 @@ def _same_data(facts: list[Facts]) -> Check:
         for name in names
         if sizes[name] is not None and here.data.get(name) != sizes[name]
     ]
-    missing = [name for name in names if sizes[name] is None]
-    odd += [f"{name} is on no rank" for name in missing]
-    return _check(6, "data", odd, f"{len(names)} files", "put the same files at the same path on every host")
+    missing = [f"{name} is not there" for name in names if sizes[name] is None]
+    if missing and not odd:
+        return _check(6, "data", missing, "", "mend the path in the section task", DataError)
+    remedy = "put the same files at the same path on every host"
+    return _check(6, "data", odd + missing, f"{len(names)} files", remedy)
 
 
 def _run_directory(facts: list[Facts], config: Config) -> Check:

@@ -55,6 +55,20 @@ def test_the_second_start_of_a_finished_run_only_prints_its_table(config, one_ra
     assert metrics(one_rank) == before
 
 
+def test_preflight_prints_its_numbered_checks_and_starts_nothing(config, tmp_path):
+    done = start(
+        *("deepspeed", "--num_gpus", "2", "--master_port", "29714", "--no_local_rank", "--module", "megaptune"),
+        *("preflight", "--config", str(config), "--set", f"run.directory={tmp_path / 'run'}"),
+        *("--set", "launch.min_free_disk_gib=1e9"),
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    verdicts = {row[0]: "ok" if "ok" in row else "FAILED" for row in rows if {"ok", "FAILED"} & set(row)}
+    assert verdicts == {**{str(number): "ok" for number in range(1, 10)}, "8": "FAILED"}
+    assert done.stderr.count("error: 1 of 9 checks failed") == 1
+    assert not (tmp_path / "run").exists()
+
+
 # -- launchers/ ------------------------------------------------------------------------------------------------------
 
 

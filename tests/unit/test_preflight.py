@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megaptune.config import Config, validate
-from megaptune.errors import BackboneError, SetupError
+from megaptune.errors import BackboneError, DataError, SetupError
 from megaptune.run.preflight import GIB, Check, Facts, collect, judge, require
 from megaptune.run.topology import Topology
 
@@ -88,6 +88,12 @@ def test_a_folder_that_no_rank_has_is_told_once():
     gone = {"backbone": {}, "backbone_error": "/models/gpt2: folder not found"}
     failed = failure(replace(RANK, **gone), replace(OTHER, **gone))
     assert (failed.finding, failed.error) == ("on every rank: /models/gpt2: folder not found", BackboneError)
+
+
+def test_data_that_no_rank_has_is_a_mistake_in_the_data_section():
+    gone = {"data": {"/data/test.jsonl": None}}
+    failed = failure(replace(RANK, **gone), replace(OTHER, **gone))
+    assert (failed.finding, failed.error) == ("/data/test.jsonl is not there", DataError)
 
 
 def test_two_hosts_of_one_name_are_noticed():
