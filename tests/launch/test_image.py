@@ -57,7 +57,7 @@ def test_the_image_trains_with_two_ranks_as_a_user_without_privileges(images, ti
     said = images.start(
         "localhost/megaptune",
         *("--config", "/data/config.yaml", "--set", "run.directory=run"),
-        mounts=[f"{inputs}:/data:ro", f"{work}:/workspace:rw"],
+        mounts=[f"{inputs}:/data:ro", f"{work}:/runs:rw"],
         RANKS="2",
     )
     assert_finished_with_losses_of(work / "run", one_rank, said)
