@@ -40,7 +40,7 @@ def sum_exactly(
     if contributes:
         for piece in pieces:
             total += (piece.double() * scale).round().to(torch.int32)
-    if _several_ranks():
+    if _several_ranks() and total.numel():
         torch.distributed.all_reduce(total)
     return (total.double() / scale).float(), sums
 

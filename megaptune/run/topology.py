@@ -168,6 +168,23 @@ def on_main(topology: Topology, work: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def everywhere(topology: Topology, work: Callable[[], T]) -> list[T]:
+    """Let every rank do ``work`` and have all results by rank, or the error of the first rank that met one."""
+    mine: tuple[T | None, MegaptuneError | None]
+    try:
+        mine = work(), None
+    except MegaptuneError as failure:
+        mine = None, failure
+    found: list[Any] = [mine]
+    if topology.world_size > 1:
+        found = [None] * topology.world_size
+        torch.distributed.all_gather_object(found, mine)
+    for _, error in found:
+        if error is not None:
+            raise error
+    return [cast(T, result) for result, _ in found]
+
+
 def disconnect() -> None:
     """Leave the process group; some MPI builds abort at exit without this."""
     if torch.distributed.is_initialized():
