@@ -86,7 +86,8 @@ def connect(timeout_s: int = 1800) -> Topology:
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // topology.local_world_size))
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated")  # DeepSpeed's ZeRO-3, each step
+    # DeepSpeed's ZeRO calls both at each step.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*deprecated")
     import deepspeed
     import deepspeed.ops
 
