@@ -168,7 +168,7 @@ class TunedHost(BackboneHost):
         answers = self.module.answers
         assert isinstance(answers, AnswerLosses)
         answers.unused = self.output.unused_penalty()
-        self.weights = TunedWeights(self.engine, self._names, self.shapes, self._plan, grid, train)
+        self.weights = TunedWeights(self.engine, self.zero_stage, self._names, self.shapes, self._plan, grid, train)
 
     def deepspeed_config(self, largest_share: int) -> dict[str, Any]:
         return tuned_backbone_config(self.parallel, self.dtype, self.train.max_gradient_norm)

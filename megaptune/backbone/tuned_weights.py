@@ -41,6 +41,7 @@ class Piece:
 class TunedWeights:
     """See :class:`megaptune.backbone.weights.Weights`.
 
+    :param stage: of ZeRO.
     :param names: of all parameters, as in the weight files of the undivided model.
     :param shapes: of the undivided parameters.
     :param plan: which parameters tensor parallelism divides, and how.
@@ -49,16 +50,17 @@ class TunedWeights:
     def __init__(
         self,
         engine: Any,
+        stage: int,
         names: dict[int, str],
         shapes: dict[str, tuple[int, ...]],
         plan: dict[str, Shard],
         grid: ProcessGrid,
         train: TrainConfig,
     ) -> None:
-        self.engine, self.grid, self.train = engine, grid, train
+        self.engine, self.stage, self.grid, self.train = engine, stage, grid, train
         self.shapes = shapes
         self.num_trained = sum(torch.Size(shape).numel() for shape in shapes.values())
-        self.pieces = list(_pieces(engine, names, shapes, plan, grid))
+        self.pieces = list(_pieces(engine, stage, names, shapes, plan, grid))
         dtype = next(engine.module.parameters()).dtype
         self.original = {piece.name: piece.weight.to("cpu", dtype, copy=True) for piece in self.pieces}
         self.best: dict[str, Tensor] | None = None
@@ -137,7 +139,7 @@ class TunedWeights:
 
     def renew(self) -> None:
         zero = self.engine.optimizer
-        if self.engine.zero_optimization_stage() == 3:
+        if self.stage == 3:
             zero._partition_all_parameters()
             for group in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -157,13 +159,18 @@ class TunedWeights:
 
 
 def _pieces(
-    engine: Any, names: dict[int, str], shapes: dict[str, tuple[int, ...]], plan: dict[str, Shard], grid: ProcessGrid
+    engine: Any,
+    stage: int,
+    names: dict[int, str],
+    shapes: dict[str, tuple[int, ...]],
+    plan: dict[str, Shard],
+    grid: ProcessGrid,
 ) -> Iterator[Piece]:
     """This rank's share of every parameter of which it has one."""
     zero = engine.optimizer
     for parameter in engine.module.parameters():
         name = names[id(parameter)]
-        if engine.zero_optimization_stage() == 3:
+        if stage == 3:
             group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
             flat, size = zero.fp32_partitioned_groups_flat[group], parameter.partition_numel()
             start = size * grid.replica

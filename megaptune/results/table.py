@@ -172,8 +172,8 @@ class ResultsTable:
             "Test P@1 in per cent, mean ± sample deviation over seeds, at the epoch that was best on dev. *answers*: "
             "only the relation's own answers compete; *word_list*: the task's word list; *vocabulary*: every token. "
             "*majority*: always the commonest training answer. *unseen*: test answers that no training record has. "
-            "*in subject*: test answers that stand inside the subject. *FT*: the LM itself is tuned. *gain*: of P-tuning "
-            "over manual."
+            "*in subject*: test answers that stand inside the subject. *FT*: the LM itself is tuned. *gain*: of "
+            "P-tuning over manual."
         )
         return "\n".join([*lines, "", notes, ""])
 

@@ -2,8 +2,8 @@
 
 The statement shares no code with the package. SGD, because Adam divides by the gradient's own size: a gradient that is
 zero but for rounding (a key's bias, which softmax cancels) becomes a full step, whose sign is that of the rounding.
-Five steps in fp32 agree to 2e-5 of the largest entry of a tensor; the learning rates are chosen so that the weights move
-by a hundred times that.
+Five steps in fp32 agree to 2e-5 of the largest entry of a tensor; with these learning rates weights move by over a
+hundred times that.
 """
 
 import json
