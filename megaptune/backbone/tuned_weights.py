@@ -81,7 +81,7 @@ class TunedWeights:
         self.engine.backward(loss * self.grid.replicas)  # DeepSpeed averages over replicas
 
     def step(self, factor: float) -> float:
-        """NaN when the gradient is not finite; the weights are as they were then."""
+        """NaN when the gradient is not finite; in fp32 the weights are then as they were."""
         for group in self._base.param_groups:
             group["lr"] = self.train.lm_learning_rate * factor
         self.engine.step()

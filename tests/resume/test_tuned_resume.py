@@ -121,7 +121,7 @@ def _train_and_die(config: Path, run: Path, stage: int, rank: int, where: str, c
 )
 def test_killed_and_continued(config, untouched, tmp_path, stage, rank, where, count):
     run = tmp_path / "run"
-    with pytest.raises(RankFailed, match="died with exit code -9|rank"):
+    with pytest.raises(RankFailed, match=r"died with exit code -9|rank"):
         run_ranks(2, _train_and_die, config, run, stage, rank, where, count)
     assert not (run / "results.json").exists()
     run_ranks(2, train, config, f"run.directory={run}", *SETTINGS, STAGE[stage])
@@ -134,7 +134,13 @@ def test_every_job_starts_from_the_original_weights(config, untouched, tmp_path)
     assert_same_job(tmp_path / "run", untouched(2), 1)
 
 
-SGD = ("train.optimizer=sgd", "train.learning_rate=0.1", "train.lm_learning_rate=0.01", "run.seeds=[0]")
+SGD = (
+    "train.optimizer=sgd",
+    "train.learning_rate=0.05",
+    "train.lm_learning_rate=0.005",
+    "run.seeds=[0]",
+    "train.epochs=3",
+)
 
 
 def _train_sgd_and_die(config: Path, run: Path, layout: list[str], count: int) -> None:
