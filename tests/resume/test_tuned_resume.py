@@ -70,7 +70,7 @@ def assert_same_end(run: Path, expected: Path) -> None:
         assert not (run / "jobs/cities" / f"{METHOD}-seed{seed}" / "checkpoints").exists()
 
 
-def _train_and_die(config: Path, run: Path, stage: int, rank: int, where: str, count: int) -> None:
+def _train_and_die(config: Path, run: Path, stage: int, rank: int, where: str, count: int, *more: str) -> None:
     """Rank ``rank`` kills itself at its ``count``-th step, or within its ``count``-th save."""
     import megaptune.backbone.tuned_weights as tuned_weights
     import megaptune.run.checkpoint as checkpoint
@@ -106,7 +106,7 @@ def _train_and_die(config: Path, run: Path, stage: int, rank: int, where: str, c
             tuned_weights.write_tensors = dying_piece
         else:
             checkpoint.write_json = dying_manifest
-    train(config, f"run.directory={run}", *SETTINGS, STAGE[stage])
+    train(config, f"run.directory={run}", *SETTINGS, STAGE[stage], *more)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,18 @@ def test_killed_and_continued(config, untouched, tmp_path, stage, rank, where, c
     assert not (run / "results.json").exists()
     run_ranks(2, train, config, f"run.directory={run}", *SETTINGS, STAGE[stage])
     assert_same_end(run, untouched(stage))
+
+
+def test_killed_and_continued_without_a_prompt(config, tmp_path):
+    """Then a checkpoint holds the LM alone."""
+    method, expected, run = "methods=[finetune]", tmp_path / "expected", tmp_path / "run"
+    run_ranks(2, train, config, f"run.directory={expected}", *SETTINGS, STAGE[2], method)
+    with pytest.raises(RankFailed):
+        run_ranks(2, _train_and_die, config, run, 2, 1, "step", 9, method)
+    run_ranks(2, train, config, f"run.directory={run}", *SETTINGS, STAGE[2], method)
+    assert metrics(run) == metrics(expected)
+    for seed in (0, 1):
+        assert result(run, f"cities/finetune-seed{seed}") == result(expected, f"cities/finetune-seed{seed}")
 
 
 def test_every_job_starts_from_the_original_weights(config, untouched, tmp_path):
