@@ -75,6 +75,21 @@ def test_best_epoch_is_what_is_evaluated(config_file, tmp_path):
     assert best["loss"] != pytest.approx(dev[-1]["loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_saved_lm_is_a_backbone_that_scores_as_the_job_did(kind, config_file, tmp_path):
+    """Put together from two shards, GPT-2's fused heads among them, and read by one rank."""
+    config = config_of(config_file, kind, methods=["manual+finetune"], epochs=2)
+    layout = ("parallel.zero_stage=3", "parallel.tensor_parallel=2", "checkpoint.save_tuned_lm=true")
+    run_ranks(2, train, config, f"run.directory={tmp_path / 'tuned'}", *layout)
+    job = "cities/manual+finetune-seed0"
+    lm = tmp_path / "tuned" / "jobs" / job / "lm"
+    zero_shot = ("methods=[manual]", f"backbone.path={lm}", f"run.directory={tmp_path / 'manual'}")
+    run_ranks(1, train, config, *zero_shot)
+    tuned, again = result(tmp_path / "tuned", job), result(tmp_path / "manual", "cities/manual")
+    for reading, figures in tuned["test"].items():
+        assert again["test"][reading] == pytest.approx(figures, rel=1e-5)
+
+
 def _train_to_error(config, run, *overrides: str) -> str:
     try:
         train(config, f"run.directory={run}", *overrides)
