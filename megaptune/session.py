@@ -8,6 +8,7 @@ def run_training(config: Config) -> None:
     """:raises MegaptuneError: on every rank alike; ``state.json`` says so."""
     from megaptune.run import topology as ranks
     from megaptune.run.directory import RunDirectory
+    from megaptune.run.grid import build_grid
     from megaptune.run.monitor import Monitor
     from megaptune.run.stopping import StopRequest
 
@@ -20,6 +21,7 @@ def run_training(config: Config) -> None:
     claimed = False
     try:
         with StopRequest(directory.stop_file if topology.is_main else None) as stop:
+            grid = build_grid(topology, config.parallel.tensor_parallel, config.parallel.across_nodes)
             prepared = prepare_run(config, monitor)
             ranks.on_main(topology, lambda: directory.claim(config))
             claimed = True
@@ -27,7 +29,7 @@ def run_training(config: Config) -> None:
                 directory.set_state("running")
             tensorboard = directory.path / "tb" if config.monitor.tensorboard else None
             monitor = Monitor(topology.is_main, directory.metrics_file, tensorboard)
-            table = Experiment.open(prepared, topology, directory, monitor, stop).run()
+            table = Experiment.open(prepared, topology, grid, directory, monitor, stop).run()
         if topology.is_main:
             table.write(directory.path)
             monitor.show(table.console())

@@ -225,6 +225,7 @@ class Trainer:
             "step": self.prompt.step,
             "selection": asdict(self.selection),
             "data": self.digest,
+            "backbone": self.host.fingerprint.as_dict(),
             "metrics_bytes": self.monitor.position(),
         }
         if self.host.trained:
@@ -245,6 +246,7 @@ class Trainer:
                 f"{found.folder}: the training records or their tokens changed since this checkpoint was saved; "
                 "name another run.directory"
             )
+        self.host.fingerprint.require(found.state["backbone"], found.folder)
         self.load(found.tensors, found.state)
         if self.host.trained:
             everywhere(self.topology, lambda: self.host.weights.read(found.pieces, self.prompt.step))
