@@ -1,5 +1,6 @@
 """The table at the end of a run, against averages worked by hand."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -133,6 +134,22 @@ def test_methods_that_tune_the_lm_have_columns_of_their_own():
     assert macro.scores["manual+finetune"].mean == pytest.approx(0.8)
     assert macro.scores["ptuning"].mean == pytest.approx(0.625)
     assert "finetune" not in macro.scores  # P103 has none
+
+
+def test_console_shows_all_methods_whole_on_a_line():
+    from rich.console import Console
+
+    tuned = [
+        result(task, method, seed, 0.5 + 0.1 * seed, 100)
+        for task in ("P17", "P103")
+        for method in ("finetune", "manual+finetune", "ptuning+finetune")
+        for seed in (0, 1)
+    ]
+    console = Console(width=132, record=True, file=io.StringIO())
+    console.print(ResultsTable([*RESULTS, *tuned], ["answers", "vocabulary"], [0, 1]).console())
+    shown = console.export_text()
+    assert "…" not in shown
+    assert "55.0 ± 7.1" in shown
 
 
 @pytest.fixture
