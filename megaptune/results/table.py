@@ -159,8 +159,10 @@ class ResultsTable:
 
     def console(self) -> Table:
         """With more than two methods a line has no room for the last two baselines; results.md has them."""
-        table = Table(title="test P@1, per cent", box=box.SIMPLE_HEAD)
-        shown = len(self.columns) - (2 if len(self.methods) > 2 else 0)
+        crowded = len(self.methods) > 2
+        padding = (0, 0, 0, 1) if crowded else (0, 1)
+        table = Table(title="test P@1, per cent", box=box.SIMPLE_HEAD, padding=padding)
+        shown = len(self.columns) - (2 if crowded else 0)
         for index, name in enumerate(self.columns[:shown]):
             justify: Literal["left", "right"] = "left" if index < 2 else "right"
             table.add_column(name.replace(" + ", "\n+ "), justify=justify, no_wrap=True)
