@@ -49,7 +49,11 @@ class PromptedBackbone(nn.Module):
 
     def forward(self, slots: Tensor, attention_mask: Tensor | None, answer_positions: Tensor, table: Tensor) -> Tensor:
         """slots [B, T], attention_mask [B, T] or None, answer_positions [B], table [R, D] fp32 -> features [B, D]."""
-        output = self.body(inputs_embeds=self.embed(slots, table), attention_mask=attention_mask, **self.body_options)
+        return self.read(self.embed(slots, table), attention_mask, answer_positions)
+
+    def read(self, embeds: Tensor, attention_mask: Tensor | None, answer_positions: Tensor) -> Tensor:
+        """embeds [B, T, D] -> features [B, D]."""
+        output = self.body(inputs_embeds=embeds, attention_mask=attention_mask, **self.body_options)
         hidden = output.last_hidden_state  # [B, T, D]
         at_answers = hidden[torch.arange(hidden.shape[0], device=hidden.device), answer_positions]
         return at_answers if self.readout is None else self.readout(at_answers)
@@ -106,7 +110,7 @@ class BackboneHost:
         self.num_parameters = self.load_report.num_parameters
         self.vocabulary_size, self.width = self.load_report.embedding_shape
         if parallel.activation_checkpointing:
-            _checkpoint_activations(model, self.family)
+            checkpoint_activations(model, self.family)
         first_id, _ = vocabulary_range(self.vocabulary_size, grid.shard, grid.shards)
         self.module = PromptedBackbone(model, grid, first_id).eval().requires_grad_(False)
         if self.zero_stage == 0:
@@ -204,7 +208,7 @@ def _group_gradients(module: nn.Module) -> None:
         inner.register_forward_pre_hook(pass_views)
 
 
-def _checkpoint_activations(model: Any, family: str) -> None:
+def checkpoint_activations(model: Any, family: str) -> None:
     """Keep a block's input alone and compute the block again in backward.
 
     Reentrant, because torch's other form compares the tensors that both passes save, and ZeRO 3 has partitioned frozen

@@ -48,7 +48,8 @@ class _SumOutputs(torch.autograd.Function):
 
 def _all_reduce(x: Tensor, group: Any, op: Any = torch.distributed.ReduceOp.SUM) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    torch.distributed.all_reduce(total, op=op, group=group)
+    if not total.is_meta:  # shapes alone, when memory is planned
+        torch.distributed.all_reduce(total, op=op, group=group)
     return total
 
 
