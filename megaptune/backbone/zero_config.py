@@ -5,6 +5,12 @@ from typing import Any, Literal
 from megaptune.config import ParallelConfig
 
 
+# ZeRO 3 fetches this many elements ahead of the module that runs, and keeps a fetched parameter that is needed again
+# within so many elements of others. DeepSpeed's defaults, written out because memory is planned with them.
+PREFETCHED_ELEMENTS = 50_000_000
+REUSE_ELEMENTS = 1_000_000_000
+
+
 def frozen_backbone_config(
     parallel: ParallelConfig, dtype: Literal["fp32", "bf16"], largest_share: int = 0, pinned: bool = False
 ) -> dict[str, Any]:
@@ -23,6 +29,8 @@ def frozen_backbone_config(
     }
     if parallel.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # partition every tensor
+        zero["stage3_prefetch_bucket_size"] = PREFETCHED_ELEMENTS
+        zero["stage3_max_reuse_distance"] = zero["stage3_max_live_parameters"] = REUSE_ELEMENTS
     if parallel.offload != "none":
         zero["offload_param"] = {"device": parallel.offload, "pin_memory": pinned}
     if parallel.offload == "nvme":

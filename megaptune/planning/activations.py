@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from megaptune.backbone.architectures import shard_plan
+from megaptune.backbone.architectures import FAMILIES, blocks_of, shard_plan
 from megaptune.backbone.host import PromptedBackbone, checkpoint_activations
 from megaptune.backbone.tensor_parallel import divide
 from megaptune.run.grid import ProcessGrid
@@ -42,11 +42,13 @@ def trace(
     checkpointing: bool = False,
     zero_3: bool = False,
     backward: bool = True,
+    blocks: int = 0,
 ) -> Activations:
     """Forward, and backward if wanted, of ``examples`` inputs of ``tokens`` tokens on the first of ``shards`` ranks.
 
     :param model: on meta, undivided, nobody else's: it is taken apart. Parameters that require gradients are tuned.
     :param zero_3: DeepSpeed's linear layer keeps its input, which torch's needs for the gradient of a weight only.
+    :param blocks: how many the model really has; those that it lacks keep what its last one keeps.
     """
     grid = ProcessGrid(shards=shards)
     divide(model, config, shard_plan(model, config, 0, shards), grid)
@@ -66,16 +68,31 @@ def trace(
             saved[_storage(tensor)] = tensor
         return tensor
 
+    of_last_block: list[int] = []  # before it runs, less; after it, more
+    held_blocks = 0
+    if blocks:
+        held = blocks_of(model, FAMILIES[config.model_type])
+        held_blocks, last = len(held), held[-1][1]
+        last.register_forward_pre_hook(lambda *_: of_last_block.append(-_bytes(saved)))
+        last.register_forward_hook(lambda *_: of_last_block.append(_bytes(saved)))
+
     with _stand_ins(zero_3), _Live(own) as live, torch.set_grad_enabled(backward):
         live.see(embeds)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks:
             features = module.read(embeds, mask, torch.zeros(examples, dtype=torch.int64, device="meta"))
-        saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+        saved_bytes = _bytes(saved)
         saved.clear()
         if backward:
             features.backward(torch.empty_like(features))
-    return Activations(saved_bytes, max(0, live.peak_bytes - saved_bytes))
+    working_bytes = max(0, live.peak_bytes - saved_bytes)
+    for last_block_bytes in of_last_block:
+        saved_bytes += (blocks - held_blocks) * last_block_bytes
+    return Activations(saved_bytes, working_bytes)
+
+
+def _bytes(tensors: dict[int, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
 def _storage(tensor: Tensor) -> int:
