@@ -21,6 +21,7 @@ setup(
         "megaptune",
         "megaptune.backbone",
         "megaptune.kernels",
+        "megaptune.planning",
         "megaptune.prompts",
         "megaptune.results",
         "megaptune.run",

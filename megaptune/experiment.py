@@ -16,6 +16,7 @@ from megaptune.errors import SetupError
 from megaptune.evaluation import Outcome, evaluate
 from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
 from megaptune.kernels import dispatch
+from megaptune.planning.settle import settle_layout
 from megaptune.preparation import PreparedRun
 from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.table import ResultsTable
@@ -51,10 +52,11 @@ class Experiment:
             dispatch.choose(config.kernels.implementation, require=config.kernels.require)
         except ValueError as error:
             raise SetupError(f"kernels.implementation: {error}") from None
+        parallel = on_main(topology, lambda: settle_layout(prepared, topology, monitor))
         sha256 = on_main(topology, lambda: fingerprint(backbone.folder, config.backbone.verify))
         on_main(topology, lambda: directory.remember_backbone(sha256, backbone.family))
-        grid = build_grid(topology, config.parallel.tensor_parallel, config.parallel.across_nodes)
-        host = BackboneHost(backbone, config.backbone.dtype, config.parallel, grid, topology.device)
+        grid = build_grid(topology, parallel.tensor_parallel, parallel.across_nodes)
+        host = BackboneHost(backbone, config.backbone.dtype, parallel, grid, topology.device)
         return cls(prepared, topology, directory, monitor, stop, host, sha256)
 
     @property

@@ -69,7 +69,9 @@ def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines
 def _weights(shapes: Shapes, layout: Layout, machines: Machines, tensors: tuple[Tensor, ...]) -> dict[str, int]:
     held = weight_bytes(tensors, layout) if layout.offload == "none" else 0
     if layout.offload == "nvme":
-        held = shapes.output_rows_bytes(layout.tensor_parallel)  # scoring keeps the output embedding out of the disk's way
+        held = shapes.output_rows_bytes(
+            layout.tensor_parallel
+        )  # scoring keeps the output embedding out of the disk's way
     mapped = getattr(shapes.config, "dtype", None) in (None, shapes.model.dtype)
     if machines.device == "cpu" and layout.zero_stage == 0 and layout.tensor_parallel == 1 and mapped:
         held = -(-held // machines.ranks_per_node)  # views of the files, which the ranks of a host share

@@ -31,7 +31,8 @@ class Traffic:
     def sent_bytes(self) -> float:
         """What a ring sends per rank: 2 (n - 1) / n of a reduced tensor, (n - 1) / n of a gathered one."""
         return sum(
-            size * (2 if name == "all_reduce" else 1) * (ranks - 1) / ranks for (name, ranks), size in self.payload.items()
+            size * (2 if name == "all_reduce" else 1) * (ranks - 1) / ranks
+            for (name, ranks), size in self.payload.items()
         )
 
 

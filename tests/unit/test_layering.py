@@ -23,6 +23,8 @@ run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom
 prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.soft_prompt
 examples                batches  scoring  evaluation  trainer  preparation
+planning                planning.layout  planning.activations  planning.workload  planning.memory
+planning.communication  planning.choice  planning.settle
 results                 results.prompt_folder  results.table
 experiment              session
 cli                     train  __main__
