@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 from megaptune.config import ParallelConfig
 
-
 # ZeRO 3 fetches this many elements ahead of the module that runs, and keeps a fetched parameter that is needed again
 # within so many elements of others. DeepSpeed's defaults, written out because memory is planned with them.
 PREFETCHED_ELEMENTS = 50_000_000

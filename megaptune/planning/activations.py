@@ -104,7 +104,8 @@ class _Live(TorchDispatchMode):
 
     def __init__(self, own: set[int]) -> None:
         super().__init__()
-        self.own, self.known = own, weakref.WeakSet()
+        self.own = own
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
         self.bytes = self.peak_bytes = 0
 
     def see(self, tensor: Tensor) -> None:

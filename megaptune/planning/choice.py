@@ -163,8 +163,8 @@ def require_fit(shapes: Shapes, work: Workload, layout: Layout, machines: Machin
         nearest = min(fitting, key=lambda found: (_differences(found.layout, layout), found.preference))
         advice = f"the nearest layout that fits is {nearest.layout}: {_as_keys(nearest.layout, layout)}"
     raise SetupError(
-        f"the layout {layout} does not fit on {machines}: it {stated.problem} ({_components(stated.memory)}); {advice}. "
-        "parallel.check_memory: false starts it all the same"
+        f"the layout {layout} does not fit on {machines}: it {stated.problem} ({_components(stated.memory)}); "
+        f"{advice}. parallel.check_memory: false starts it all the same"
     )
 
 

@@ -12,7 +12,7 @@ from megaptune.backbone.zero_config import PREFETCHED_ELEMENTS, REUSE_ELEMENTS
 from megaptune.planning.layout import Layout, Machines
 from megaptune.planning.workload import Shapes, Tensor, Workload, encoder_elements, largest_module
 
-# Estimates. CUDA's context, the libraries' workspaces and NCCL's buffers; Python with torch, transformers and DeepSpeed.
+# Estimates: CUDA's context, the libraries' workspaces and NCCL's buffers; Python with torch and DeepSpeed.
 CUDA_OVERHEAD_BYTES = 3 * 2**29
 PROCESS_BYTES = 700 * 2**20
 UPCAST_ROWS = 4096  # candidates' rows that scoring holds in fp32 at a time
@@ -48,7 +48,7 @@ def share(tensor: Tensor, layout: Layout) -> int:
 
 
 def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines) -> Memory:
-    """What the fullest rank needs: the first of a tensor-parallel group, which never holds fewer rows of the vocabulary.
+    """What the fullest rank needs: the first of a tensor-parallel group, which holds most rows of the vocabulary.
 
     :raises BackboneError: when the model cannot be divided so.
     """
@@ -69,11 +69,8 @@ def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines
 def _weights(shapes: Shapes, layout: Layout, machines: Machines, tensors: tuple[Tensor, ...]) -> dict[str, int]:
     held = weight_bytes(tensors, layout) if layout.offload == "none" else 0
     if layout.offload == "nvme":
-        held = shapes.output_rows_bytes(
-            layout.tensor_parallel
-        )  # scoring keeps the output embedding out of the disk's way
-    mapped = getattr(shapes.config, "dtype", None) in (None, shapes.model.dtype)
-    if machines.device == "cpu" and layout.zero_stage == 0 and layout.tensor_parallel == 1 and mapped:
+        held = shapes.output_rows_bytes(layout.tensor_parallel)  # scoring keeps the output embedding
+    if machines.device == "cpu" and layout.zero_stage == 0 and layout.tensor_parallel == 1 and shapes.mapped:
         held = -(-held // machines.ranks_per_node)  # views of the files, which the ranks of a host share
     return {"weights": held, "buffers": shapes.buffer_bytes}
 
@@ -110,8 +107,8 @@ def _phase(
 def gathered_bytes(shapes: Shapes, work: Workload, layout: Layout, tensors: tuple[Tensor, ...]) -> int:
     """The most of other replicas' weights that ZeRO 3 brings together at a time.
 
-    The vocabulary, which is read at the bottom of the model and kept; the module that runs; what is fetched ahead of it;
-    and around the turn from forward to backward whatever is needed again soon: half the reuse distance on either side.
+    The vocabulary, which is read at the bottom of the model and kept; the module that runs; what is fetched ahead;
+    and around the turn from forward to backward what is needed again soon: half the reuse distance on either side.
     Scoring over the whole vocabulary fetches the output embedding, unless it is the input embedding too.
     """
     if layout.zero_stage != 3:

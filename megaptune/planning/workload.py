@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from megaptune.backbone.architectures import FAMILIES, shard_plan
-from megaptune.backbone.description import Kind
+from megaptune.backbone.description import Kind, read_config
 from megaptune.backbone.loading import build_on_meta
 from megaptune.config import Config, Reading
 from megaptune.planning.activations import Activations, trace
 from megaptune.preparation import PreparedRun
 from megaptune.prompts.encoder import build_encoder
-from megaptune.prompts.template import Template
+from megaptune.prompts.template import Template, Text
+from megaptune.tasks.records import Record
 
 TRACED_BLOCKS = 2  # the first has what all share, the second stands for the others
 
@@ -100,7 +101,9 @@ class Shapes:
 
     def __init__(self, folder: Path, kind: Kind, dtype: str) -> None:
         self.folder, self.kind, self.dtype = folder, kind, dtype
-        self.model, self.config = build_on_meta(folder, kind, dtype)  # type: ignore[arg-type]
+        stored = str(getattr(read_config(folder), "dtype", None) or "float32").removeprefix("torch.")
+        self.mapped = stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]  # files hold what memory holds
+        self.model, self.config = build_on_meta(folder, kind, dtype)
         self.family: str = self.config.model_type
         embedding = self.model.get_input_embeddings().weight
         self.vocabulary_size, self.width = embedding.shape
@@ -145,14 +148,16 @@ class Shapes:
         backward: bool = True,
         tuned: bool = False,
     ) -> Activations:
-        """See :func:`megaptune.planning.activations.trace`; two blocks are traced and the second stands for the rest."""
+        """See :func:`megaptune.planning.activations.trace`; two blocks are traced, the second stands for the rest.
+
+        A family without a table is not taken apart: its blocks are put at 40 tensors as large as the hidden states.
+        """
         if self.family not in FAMILIES:
-            model = copy.deepcopy(self.model)
-        else:
-            blocks = self._blocks(self.model)
-            memo = {id(block): nn.Identity() for block in list(blocks)[TRACED_BLOCKS:]}  # so that these are not copied
-            model = copy.deepcopy(self.model, memo)
-            del self._blocks(model)[TRACED_BLOCKS:]
+            hidden = 40 * examples * tokens * self.width * self.itemsize
+            return Activations(hidden * int(getattr(self.config, "num_hidden_layers", 1)) if backward else 0, hidden)
+        memo = {id(block): nn.Identity() for block in self._blocks(self.model)[TRACED_BLOCKS:]}  # these are not copied
+        model = copy.deepcopy(self.model, memo)
+        del self._blocks(model)[TRACED_BLOCKS:]
         if tuned:
             model.requires_grad_(True)
         masked = self.kind == "masked"
@@ -160,6 +165,13 @@ class Shapes:
 
     def _blocks(self, model: Any) -> Any:
         return model.get_submodule(FAMILIES[self.family].blocks)
+
+
+def estimated_tokens(template: Template, record: Record) -> int:
+    """An input's length without its tokenizer: three characters a token, which names of things come near."""
+    parts = template.parts
+    text = sum(len(part.fill(record)) for part in parts if isinstance(part, Text))
+    return template.num_pseudo_tokens + -(-text // 3) + (3 if template.kind == "masked" else 1)
 
 
 def encoder_elements(name: str, rows: int, width: int) -> int:
