@@ -113,7 +113,9 @@ def recommend(candidates: list[Candidate], shapes: Shapes, work: Workload) -> tu
         raise SetupError(_nothing_fits(candidates))
     layout, machines = best.layout, best.machines
     limit = (1 - KEPT_FREE) * machines.memory_bytes
-    reason = [f"needs {gibibytes(best.memory.device_bytes)} of {gibibytes(limit)} a rank ({KEPT_FREE:.0%} stay free)."]
+    reason = [
+        f"needs {gibibytes(best.memory.device_bytes)} of {gibibytes(limit)} a rank ({100 * KEPT_FREE:.0f} % stay free)."
+    ]
     if layout.tensor_parallel > 1:
         smaller = [c for c in candidates if _same_but_for_size(c.layout, layout) and c.preference > best.preference]
         smaller = [c for c in smaller if c.layout.tensor_parallel < layout.tensor_parallel]

@@ -1,4 +1,4 @@
-"""Where a plan finds the backbone's config.json: in its folder, or, where that is not here, as ``backbone.architecture``."""
+"""Where a plan finds a backbone's config.json: in its folder, or where that is not, as ``backbone.architecture``."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -137,8 +137,29 @@ class Shapes:
         weight = self.model.get_input_embeddings().weight
         return next(name for name, parameter in self.model.named_parameters() if parameter is weight)
 
-    @lru_cache(maxsize=256)  # noqa: B019
     def activations(
+        self,
+        shards: int,
+        examples: int,
+        tokens: int,
+        checkpointing: bool = False,
+        zero_3: bool = False,
+        backward: bool = True,
+        tuned: bool = False,
+    ) -> Activations:
+        """See :func:`megaptune.planning.activations.trace`. One part of the bytes is whole on every rank, the other is
+        divided: two traces tell them apart, and larger groups follow."""
+        kv_heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        settings = examples, tokens, checkpointing, zero_3 and backward, backward, tuned
+        if shards <= 2 or shards % 2 or kv_heads % shards:
+            return self.traced(shards, *settings)
+        one, two = self.traced(1, *settings), self.traced(2, *settings)
+        divided = 2 * (one.saved_bytes - two.saved_bytes)
+        # What lives at the peak is another set of tensors at every size, none larger than at a smaller one.
+        return Activations(one.saved_bytes - divided + round(divided / shards), two.working_bytes)
+
+    @lru_cache(maxsize=256)  # noqa: B019
+    def traced(
         self,
         shards: int,
         examples: int,
