@@ -28,6 +28,10 @@ class Traffic:
         self.payload: dict[tuple[str, int], int] = defaultdict(int)
         self.calls: dict[tuple[str, int], int] = defaultdict(int)
 
+    def clear(self) -> None:
+        self.payload.clear()
+        self.calls.clear()
+
     def sent_bytes(self) -> float:
         """What a ring sends per rank: 2 (n - 1) / n of a reduced tensor, (n - 1) / n of a gathered one."""
         return sum(
@@ -44,7 +48,10 @@ def _bytes(value: Any) -> int:
 
 @contextlib.contextmanager
 def counted_traffic() -> Iterator[Traffic]:
-    """Count what goes through ``torch.distributed``, whoever calls it (DeepSpeed calls the same functions)."""
+    """Count what goes through ``torch.distributed``, whoever calls it.
+
+    To be entered before DeepSpeed joins the ranks: it looks these functions up once.
+    """
     traffic = Traffic()
     originals = {name: getattr(torch.distributed, name) for name in _PAYLOAD if hasattr(torch.distributed, name)}
     depth = 0

@@ -1,0 +1,131 @@
+"""The memory plan against real ranks: weights held, activations kept, bytes sent, in every layout."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hosting import open_host
+from measure import counted_saved, counted_traffic, gathered_elements, held_bytes
+from ranks import run_ranks
+from sized import MASKED, save_sized
+
+from megaptune.planning.communication import communication_of, reduced
+from megaptune.planning.layout import Layout
+from megaptune.planning.memory import gathered_bytes, weight_bytes
+from megaptune.planning.workload import Shapes, Workload
+from megaptune.run.exact_sum import sum_exactly
+from megaptune.run.topology import disconnect
+from megaptune.scoring import Scorer
+
+pytestmark = pytest.mark.dist
+
+EXAMPLES, TOKENS, ROWS = 8, 24, 2
+WITHIN = 0.1  # of what is measured; most agree to the byte
+
+LAYOUTS = [Layout(tp, dp, stage) for tp in (1, 2) for dp in (1, 2) for stage in (0, 3)]
+CHECKPOINTED = [Layout(tp, dp, stage, "none", True) for tp, dp, stage in ((1, 1, 0), (2, 1, 0), (1, 2, 3))]
+FAMILIES = {"gpt2": [*LAYOUTS, *CHECKPOINTED], "llama": [*LAYOUTS, *CHECKPOINTED], "bert": [*LAYOUTS, *CHECKPOINTED]}
+FAMILIES |= dict.fromkeys(("xglm", "gpt_neox", "opt"), [Layout(2, 1, 0), Layout(1, 2, 3), CHECKPOINTED[0]])
+CASES = [(family, layout) for family, layouts in FAMILIES.items() for layout in layouts]
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory):
+    """``sized("llama")``: the folder of a backbone large enough for constants not to count."""
+    root = tmp_path_factory.mktemp("sized")
+
+    def folder(family: str) -> Path:
+        return root / family if (root / family).is_dir() else save_sized(family, root / family)
+
+    return folder
+
+
+def _measure(folder: Path, layout: Layout) -> dict[str, float]:
+    """What this rank holds, keeps and sends in a step; the third, when ZeRO 3 knows the order of modules."""
+    with counted_traffic() as traffic:
+        host = open_host(
+            folder,
+            tensor_parallel=layout.tensor_parallel,
+            zero_stage=layout.zero_stage,
+            activation_checkpointing=layout.activation_checkpointing,
+        )
+        held, scorer = held_bytes(host.module), Scorer(host, None)
+        slots = torch.arange(EXAMPLES * TOKENS).view(EXAMPLES, TOKENS) % 500
+        slots[:, :ROWS] = -1 - torch.arange(ROWS)
+        mask = None
+        if host.kind == "masked":
+            mask = torch.ones_like(slots)
+            mask[0, -4:] = 0  # batches are padded
+        peak = 0
+
+        def look(*_: object) -> None:
+            nonlocal peak
+            peak = max(peak, gathered_elements(host.module))
+
+        for module in host.module.modules():
+            module.register_forward_hook(look)
+        for _ in range(3):
+            traffic.clear()
+            table = torch.randn(ROWS, host.width).requires_grad_()
+            with counted_saved(host.module) as saved:
+                features = host.features(slots, mask, torch.full((EXAMPLES,), 5), table)
+            loss, _, _ = scorer(features, torch.arange(EXAMPLES))
+            loss.sum().backward()
+            forward_backward = traffic.sent_bytes()
+            sum_exactly([table.grad], 1, torch.zeros(4, dtype=torch.float64), host.grid.speaks)
+        disconnect()
+        calls = dict(traffic.calls)
+    return {
+        "held": held,
+        "saved": sum(saved.values()),
+        "gathered": peak * 4,
+        "model_sent": forward_backward,
+        "table_sent": traffic.sent_bytes() - forward_backward,
+        "calls": sum(calls.values()),
+    }
+
+
+def _plan(folder: Path, family: str, layout: Layout) -> tuple[Shapes, Workload]:
+    shapes = Shapes(folder, "masked" if family in MASKED else "causal", "fp32")
+    batch = EXAMPLES * layout.replicas
+    work = Workload(
+        batch, EXAMPLES, TOKENS, EXAMPLES, TOKENS, ROWS, "lstm", "adam", "vocabulary", {"vocabulary": None}, False, ""
+    )
+    return shapes, work
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_predicted_bytes_are_the_measured_ones(sized, family, layout):
+    folder = sized(family)
+    shapes, work = _plan(folder, family, layout)
+    zero_3 = layout.zero_stage == 3
+    saved = shapes.activations(
+        layout.tensor_parallel, EXAMPLES, TOKENS, layout.activation_checkpointing, zero_3
+    ).saved_bytes
+    sent = communication_of(shapes, work, layout)
+    for rank, found in enumerate(run_ranks(layout.world_size, _measure, folder, layout)):
+        tensors = shapes.tensors(rank % layout.tensor_parallel, layout.tensor_parallel)
+        assert found["held"] == weight_bytes(tensors, layout)
+        assert saved == pytest.approx(found["saved"], rel=WITHIN)
+        assert sent.tensor_parallel + sent.zero_3 == pytest.approx(found["model_sent"], rel=WITHIN)
+        assert sent.table == found["table_sent"]
+        if zero_3:
+            assert gathered_bytes(shapes, work, layout, tensors) == pytest.approx(found["gathered"], rel=WITHIN)
+
+
+def test_a_rank_holds_its_part_of_the_model(sized):
+    """TP 2 x ZeRO 3 over 2: a quarter of the model, norms and biases of rows included, to 5 %."""
+    shapes, _ = _plan(sized("gpt2"), "gpt2", Layout())
+    for found in run_ranks(4, _measure, sized("gpt2"), Layout(2, 2, 3)):
+        assert found["held"] == pytest.approx(shapes.num_parameters * shapes.itemsize / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_replicas_send_the_gradient_of_the_table_and_nothing_else(sized, world):
+    """As many bytes as the table has, times the world's all-reduce factor; beside it a few numbers per rank."""
+    table = ROWS * 128 * 4
+    for found in run_ranks(world, _measure, sized("gpt2"), Layout(1, world, 0)):
+        assert found["model_sent"] == 0
+        assert found["calls"] == 2
+        figures = (world - 1) * (5 + ROWS) * 8
+        assert found["table_sent"] - figures <= reduced(table, world)
