@@ -7,6 +7,7 @@ B examples, T tokens, C candidates, D backbone width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megaptune.backbone.zero_config import PREFETCHED_ELEMENTS, REUSE_ELEMENTS
 from megaptune.planning.layout import Layout, Machines
@@ -23,10 +24,11 @@ NVME_BUFFERS, NVME_SMALLEST_BYTES = 8, 2**20  # shares below the latter stay in 
 
 @dataclass(frozen=True)
 class Memory:
-    """device, host: component -> bytes of one rank. On a CPU there is one memory, and ``host`` is empty."""
+    """device, host: component -> bytes of one rank; on a CPU there is one memory, and ``host`` is empty. peak: when."""
 
     device: dict[str, int]
     host: dict[str, int]
+    peak: Literal["training", "evaluation"]
 
     @property
     def device_bytes(self) -> int:
@@ -54,16 +56,18 @@ def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines
     """
     tensors = shapes.tensors(0, layout.tensor_parallel)
     training, evaluating = _phase(shapes, work, layout, tensors, True), _phase(shapes, work, layout, tensors, False)
-    fuller = training if sum(training.values()) >= sum(evaluating.values()) else evaluating
-    device = {**_weights(shapes, layout, machines, tensors), **fuller, **_prompt(shapes, work, machines)}
+    trains = sum(training.values()) >= sum(evaluating.values())
+    peak: Literal["training", "evaluation"] = "training" if trains else "evaluation"
+    fuller = training if trains else evaluating
+    device = {**_weights(shapes, layout, machines, tensors), **fuller, **_prompt(shapes, work)}
     if work.tuned:
         device |= _tuning(tensors, work, layout)
     device["fixed overhead"] = PROCESS_BYTES if machines.device == "cpu" else CUDA_OVERHEAD_BYTES
     host = _offloaded(shapes, layout, tensors)
     if machines.device == "cpu":
-        return Memory({**device, **host}, {})
+        return Memory({**device, **host}, {}, peak)
     best = 2 * 4 * encoder_elements(work.encoder, work.prompt_rows, shapes.width)
-    return Memory(device, {**host, "best prompt": best, "process": PROCESS_BYTES})
+    return Memory(device, {**host, "best prompt": best, "process": PROCESS_BYTES}, peak)
 
 
 def _weights(shapes: Shapes, layout: Layout, machines: Machines, tensors: tuple[Tensor, ...]) -> dict[str, int]:
@@ -107,25 +111,21 @@ def _phase(
 def gathered_bytes(shapes: Shapes, work: Workload, layout: Layout, tensors: tuple[Tensor, ...]) -> int:
     """The most of other replicas' weights that ZeRO 3 brings together at a time.
 
-    The vocabulary, which is read at the bottom of the model and kept; the module that runs; what is fetched ahead;
-    and around the turn from forward to backward what is needed again soon: half the reuse distance on either side.
-    Scoring over the whole vocabulary fetches the output embedding, unless it is the input embedding too.
+    Every module that runs lets DeepSpeed fetch some more ahead, until as much as is allowed lives; what is then still
+    missing for the module itself comes on top. Scoring over the whole vocabulary fetches the output embedding, unless
+    it is the input embedding too, which is read at the bottom of the model and kept.
     """
     if layout.zero_stage != 3:
         return 0
-    below = next(tensor.elements for tensor in tensors if tensor.name == shapes.vocabulary_name)
-    body = sum(tensor.elements for tensor in tensors) - below
     rows = shapes.output_rows_bytes(layout.tensor_parallel)
-    if not shapes.tied:
-        body -= rows // shapes.itemsize
+    elements = sum(tensor.elements for tensor in tensors) - (0 if shapes.tied else rows // shapes.itemsize)
     prefetched = 0 if layout.offload == "nvme" else PREFETCHED_ELEMENTS
-    largest = max(tensor.elements for tensor in tensors)
-    live = min(body, REUSE_ELEMENTS // 2 + prefetched + largest + largest_module(tensors))
+    live = min(elements, REUSE_ELEMENTS + prefetched + largest_module(tensors))
     fetched = 0 if shapes.tied or layout.offload == "nvme" or None not in work.candidates.values() else rows
-    return (below + live) * shapes.itemsize + fetched
+    return live * shapes.itemsize + fetched
 
 
-def _prompt(shapes: Shapes, work: Workload, machines: Machines) -> dict[str, int]:
+def _prompt(shapes: Shapes, work: Workload) -> dict[str, int]:
     """The encoder is whole and fp32 on every rank; of many tasks and seeds, one is trained at a time."""
     size = 4 * encoder_elements(work.encoder, work.prompt_rows, shapes.width)
     moments = 2 * size if work.optimizer == "adam" else 0

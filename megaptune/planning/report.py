@@ -61,6 +61,7 @@ class PlanReport:
             "problem": found.problem,
             "idle_ranks": found.idle_ranks,
             "device_bytes": found.memory.device if found.memory else None,
+            "peak": found.memory.peak if found.memory else None,
             "host_bytes": found.memory.host if found.memory else None,
             "sent_bytes_per_step": asdict(found.communication) if found.communication else None,
         }
@@ -93,6 +94,7 @@ class PlanReport:
                     table.add_row(f"{name} (host)" if part == "host" else name, *map(gibibytes, sizes))
         table.add_section()
         table.add_row("on the device", *(gibibytes(memory.device_bytes if memory else 0) for memory in columns))
+        table.add_row("at the peak of", *(memory.peak if memory else "" for memory in columns))
         return table
 
     def _traffic(self) -> Table:

@@ -131,12 +131,6 @@ class Shapes:
         """Of a rank's part of the output embedding."""
         return -(-self.vocabulary_size // shards) * self.width * self.itemsize
 
-    @property
-    def vocabulary_name(self) -> str:
-        """The input embedding's name among the parameters."""
-        weight = self.model.get_input_embeddings().weight
-        return next(name for name, parameter in self.model.named_parameters() if parameter is weight)
-
     def activations(
         self,
         shards: int,

@@ -9,6 +9,8 @@ from measure import counted_saved, counted_traffic, gathered_elements, held_byte
 from ranks import run_ranks
 from sized import MASKED, save_sized
 
+from megaptune.backbone import zero_config
+from megaptune.planning import communication, memory
 from megaptune.planning.communication import communication_of, reduced
 from megaptune.planning.layout import Layout
 from megaptune.planning.memory import gathered_bytes, weight_bytes
@@ -25,7 +27,7 @@ WITHIN = 0.1  # of what is measured; most agree to the byte
 LAYOUTS = [Layout(tp, dp, stage) for tp in (1, 2) for dp in (1, 2) for stage in (0, 3)]
 CHECKPOINTED = [Layout(tp, dp, stage, "none", True) for tp, dp, stage in ((1, 1, 0), (2, 1, 0), (1, 2, 3))]
 FAMILIES = {"gpt2": [*LAYOUTS, *CHECKPOINTED], "llama": [*LAYOUTS, *CHECKPOINTED], "bert": [*LAYOUTS, *CHECKPOINTED]}
-FAMILIES |= dict.fromkeys(("xglm", "gpt_neox", "opt"), [Layout(2, 1, 0), Layout(1, 2, 3), CHECKPOINTED[0]])
+FAMILIES |= {family: [Layout(2, 1, 0), Layout(1, 2, 3), CHECKPOINTED[0]] for family in ("xglm", "gpt_neox", "opt")}
 CASES = [(family, layout) for family, layouts in FAMILIES.items() for layout in layouts]
 
 
@@ -111,6 +113,25 @@ def test_predicted_bytes_are_the_measured_ones(sized, family, layout):
         assert sent.table == found["table_sent"]
         if zero_3:
             assert gathered_bytes(shapes, work, layout, tensors) == pytest.approx(found["gathered"], rel=WITHIN)
+
+
+@pytest.mark.parametrize(("reused", "prefetched"), [(600_000, 100_000), (1_000_000, 50_000)])
+def test_of_a_model_beyond_what_may_live_at_a_time(tmp_path, monkeypatch, reused, prefetched):
+    """Real limits are a thousand times higher, as are the models that they are for. What is gathered is bounded from
+    above: how far DeepSpeed fetches ahead depends on how many modules run."""
+    for module in (zero_config, memory, communication):
+        monkeypatch.setattr(module, "REUSE_ELEMENTS", reused)
+    for module in (zero_config, memory):
+        monkeypatch.setattr(module, "PREFETCHED_ELEMENTS", prefetched)
+    folder, layout = save_sized("gpt2", tmp_path / "gpt2", blocks=12), Layout(1, 2, 3)
+    shapes, work = _plan(folder, "gpt2", layout)
+    sent = communication_of(shapes, work, layout).zero_3
+    for found in run_ranks(2, _measure, folder, layout):
+        assert found["gathered"] < 0.6 * shapes.num_parameters * 4  # the limit is felt
+        predicted = gathered_bytes(shapes, work, layout, shapes.tensors(0, 1))
+        assert found["gathered"] <= predicted <= 1.5 * found["gathered"]
+        assert found["model_sent"] > 1.5 * shapes.num_parameters * 4 / 2  # most weights are fetched twice
+        assert sent == pytest.approx(found["model_sent"], rel=0.15)
 
 
 def test_a_rank_holds_its_part_of_the_model(sized):
