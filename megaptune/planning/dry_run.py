@@ -60,17 +60,16 @@ def dry_run(config: Config, machines: Machines, monitor: Monitor, check_memory: 
     )
     monitor.show(shard_table(shapes, layout))
     batch = config.train
-    jobs = sum(len(config.run.seeds) for _ in tasks)
-    total = sum(
-        EpochPlan(len(t.train), batch.global_batch, batch.drop_last, 0).steps_per_epoch for t in tasks if t.train
-    )
+    trained = [task for task in tasks if task.train]
+    plans = [EpochPlan(len(task.train), batch.global_batch, batch.drop_last, 0) for task in trained]
+    steps = sum(plan.steps_per_epoch for plan in plans)
     monitor.say(
-        f"tasks      {len(tasks)}, {sum(len(task.train) for task in tasks):,} training records; {jobs} P-tuning jobs, "
-        f"{total:,} steps an epoch over all tasks; lengths: {work.basis}"
+        f"tasks      {len(tasks)}, {sum(len(task.train) for task in tasks):,} training records; "
+        f"{len(trained) * len(config.run.seeds)} P-tuning jobs, {steps:,} steps an epoch over all tasks; "
+        f"lengths: {work.basis}"
     )
-    trained = next((task for task in tasks if task.train), None)
-    if trained is not None:
-        monitor.show(batch_table(config, trained, layout))
+    if trained:
+        monitor.show(batch_table(config, trained[0], layout))
     monitor.say("the dry run is sound: nothing was loaded, nothing was written")
 
 

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
-from hosting import open_host
-from measure import counted_saved, counted_traffic, gathered_elements, held_bytes
+from measure import EXAMPLES, ROWS, TOKENS, measure_step
 from ranks import run_ranks
 from sized import MASKED, save_sized
 
@@ -15,13 +13,9 @@ from megaptune.planning.communication import communication_of, reduced
 from megaptune.planning.layout import Layout
 from megaptune.planning.memory import gathered_bytes, weight_bytes
 from megaptune.planning.workload import Shapes, Workload
-from megaptune.run.exact_sum import sum_exactly
-from megaptune.run.topology import disconnect
-from megaptune.scoring import Scorer
 
 pytestmark = pytest.mark.dist
 
-EXAMPLES, TOKENS, ROWS = 8, 24, 2
 WITHIN = 0.1  # of what is measured; most agree to the byte
 
 LAYOUTS = [Layout(tp, dp, stage) for tp in (1, 2) for dp in (1, 2) for stage in (0, 3)]
@@ -42,51 +36,6 @@ def sized(tmp_path_factory):
     return folder
 
 
-def _measure(folder: Path, layout: Layout) -> dict[str, float]:
-    """What this rank holds, keeps and sends in a step; the third, when ZeRO 3 knows the order of modules."""
-    with counted_traffic() as traffic:
-        host = open_host(
-            folder,
-            tensor_parallel=layout.tensor_parallel,
-            zero_stage=layout.zero_stage,
-            activation_checkpointing=layout.activation_checkpointing,
-        )
-        held, scorer = held_bytes(host.module), Scorer(host, None)
-        slots = torch.arange(EXAMPLES * TOKENS).view(EXAMPLES, TOKENS) % 500
-        slots[:, :ROWS] = -1 - torch.arange(ROWS)
-        mask = None
-        if host.kind == "masked":
-            mask = torch.ones_like(slots)
-            mask[0, -4:] = 0  # batches are padded
-        peak = 0
-
-        def look(*_: object) -> None:
-            nonlocal peak
-            peak = max(peak, gathered_elements(host.module))
-
-        for module in host.module.modules():
-            module.register_forward_hook(look)
-        for _ in range(3):
-            traffic.clear()
-            table = torch.randn(ROWS, host.width).requires_grad_()
-            with counted_saved(host.module) as saved:
-                features = host.features(slots, mask, torch.full((EXAMPLES,), 5), table)
-            loss, _, _ = scorer(features, torch.arange(EXAMPLES))
-            loss.sum().backward()
-            forward_backward = traffic.sent_bytes()
-            sum_exactly([table.grad], 1, torch.zeros(4, dtype=torch.float64), host.grid.speaks)
-        disconnect()
-        calls = dict(traffic.calls)
-    return {
-        "held": held,
-        "saved": sum(saved.values()),
-        "gathered": peak * 4,
-        "model_sent": forward_backward,
-        "table_sent": traffic.sent_bytes() - forward_backward,
-        "calls": sum(calls.values()),
-    }
-
-
 def _plan(folder: Path, family: str, layout: Layout) -> tuple[Shapes, Workload]:
     shapes = Shapes(folder, "masked" if family in MASKED else "causal", "fp32")
     batch = EXAMPLES * layout.replicas
@@ -105,7 +54,7 @@ def test_predicted_bytes_are_the_measured_ones(sized, family, layout):
         layout.tensor_parallel, EXAMPLES, TOKENS, layout.activation_checkpointing, zero_3
     ).saved_bytes
     sent = communication_of(shapes, work, layout)
-    for rank, found in enumerate(run_ranks(layout.world_size, _measure, folder, layout)):
+    for rank, found in enumerate(run_ranks(layout.world_size, measure_step, folder, layout)):
         tensors = shapes.tensors(rank % layout.tensor_parallel, layout.tensor_parallel)
         assert found["held"] == weight_bytes(tensors, layout)
         assert saved == pytest.approx(found["saved"], rel=WITHIN)
@@ -126,7 +75,7 @@ def test_of_a_model_beyond_what_may_live_at_a_time(tmp_path, monkeypatch, reused
     folder, layout = save_sized("gpt2", tmp_path / "gpt2", blocks=12), Layout(1, 2, 3)
     shapes, work = _plan(folder, "gpt2", layout)
     sent = communication_of(shapes, work, layout).zero_3
-    for found in run_ranks(2, _measure, folder, layout):
+    for found in run_ranks(2, measure_step, folder, layout):
         assert found["gathered"] < 0.6 * shapes.num_parameters * 4  # the limit is felt
         predicted = gathered_bytes(shapes, work, layout, shapes.tensors(0, 1))
         assert found["gathered"] <= predicted <= 1.5 * found["gathered"]
@@ -137,7 +86,7 @@ def test_of_a_model_beyond_what_may_live_at_a_time(tmp_path, monkeypatch, reused
 def test_a_rank_holds_its_part_of_the_model(sized):
     """TP 2 x ZeRO 3 over 2: a quarter of the model, norms and biases of rows included, to 5 %."""
     shapes, _ = _plan(sized("gpt2"), "gpt2", Layout())
-    for found in run_ranks(4, _measure, sized("gpt2"), Layout(2, 2, 3)):
+    for found in run_ranks(4, measure_step, sized("gpt2"), Layout(2, 2, 3)):
         assert found["held"] == pytest.approx(shapes.num_parameters * shapes.itemsize / 4, rel=0.05)
 
 
@@ -145,7 +94,7 @@ def test_a_rank_holds_its_part_of_the_model(sized):
 def test_replicas_send_the_gradient_of_the_table_and_nothing_else(sized, world):
     """As many bytes as the table has, times the world's all-reduce factor; beside it a few numbers per rank."""
     table = ROWS * 128 * 4
-    for found in run_ranks(world, _measure, sized("gpt2"), Layout(1, world, 0)):
+    for found in run_ranks(world, measure_step, sized("gpt2"), Layout(1, world, 0)):
         assert found["model_sent"] == 0
         assert found["calls"] == 2
         figures = (world - 1) * (5 + ROWS) * 8

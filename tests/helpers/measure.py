@@ -3,10 +3,19 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from hosting import open_host
 from torch import Tensor
+
+from megaptune.planning.layout import Layout
+from megaptune.run.exact_sum import sum_exactly
+from megaptune.run.topology import disconnect
+from megaptune.scoring import Scorer
+
+EXAMPLES, TOKENS, ROWS = 8, 24, 2  # of the step that measure_step takes; rows of the prompt table
 
 # Collectives by name: which argument is what travels. The payload of a reduction is its tensor, that of a gather all
 # ranks' output.
@@ -116,3 +125,48 @@ def held_bytes(module: torch.nn.Module) -> int:
 def gathered_elements(module: torch.nn.Module) -> int:
     """Elements of ZeRO 3's parameters that are whole in this rank's memory at the moment."""
     return sum(p.numel() for p in module.parameters() if hasattr(p, "ds_tensor") and p.numel() == p.ds_numel)
+
+
+def measure_step(folder: Path, layout: Layout) -> dict[str, float]:
+    """What this rank holds, keeps and sends in a step; the third, when ZeRO 3 knows the order of modules."""
+    with counted_traffic() as traffic:
+        host = open_host(
+            folder,
+            tensor_parallel=layout.tensor_parallel,
+            zero_stage=layout.zero_stage,
+            activation_checkpointing=layout.activation_checkpointing,
+        )
+        held, scorer = held_bytes(host.module), Scorer(host, None)
+        slots = torch.arange(EXAMPLES * TOKENS).view(EXAMPLES, TOKENS) % 500
+        slots[:, :ROWS] = -1 - torch.arange(ROWS)
+        mask = None
+        if host.kind == "masked":
+            mask = torch.ones_like(slots)
+            mask[0, -4:] = 0  # batches are padded
+        peak = 0
+
+        def look(*_: object) -> None:
+            nonlocal peak
+            peak = max(peak, gathered_elements(host.module))
+
+        for module in host.module.modules():
+            module.register_forward_hook(look)
+        for _ in range(3):
+            traffic.clear()
+            table = torch.randn(ROWS, host.width).requires_grad_()
+            with counted_saved(host.module) as saved:
+                features = host.features(slots, mask, torch.full((EXAMPLES,), 5), table)
+            loss, _, _ = scorer(features, torch.arange(EXAMPLES))
+            loss.sum().backward()
+            forward_backward = traffic.sent_bytes()
+            sum_exactly([table.grad], 1, torch.zeros(4, dtype=torch.float64), host.grid.speaks)
+        disconnect()
+        calls = dict(traffic.calls)
+    return {
+        "held": held,
+        "saved": sum(saved.values()),
+        "gathered": peak * 4,
+        "model_sent": forward_backward,
+        "table_sent": traffic.sent_bytes() - forward_backward,
+        "calls": sum(calls.values()),
+    }
