@@ -20,6 +20,7 @@ setup(
     packages=[
         "megaptune",
         "megaptune.backbone",
+        "megaptune.backbone.convert",
         "megaptune.kernels",
         "megaptune.planning",
         "megaptune.prompts",

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The command line: ``megaptune train|plan|check|report|checksum|env``."""
+=======
+"""The command line: ``megaptune train|check|report|convert|checksum|env``."""
+>>>>>>> main
 
 import os
 import sys
@@ -6,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -137,6 +141,40 @@ def checksum(folder: Annotated[Path, typer.Argument(help="backbone folder")]) ->
 
         check_headers(folder)
         typer.echo(f"wrote {write_checksums(folder)}")
+
+    _exit_with(work)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="checkpoint folder, or .gguf file")],
+    target: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    kind: Annotated[
+        Literal["auto", "fairseq-megatron", "megatron-lm", "gguf"], typer.Option("--format", help="what SOURCE is")
+    ] = "auto",
+    dtype: Annotated[Literal["keep", "fp32", "bf16", "fp16"], typer.Option(help="of the weights")] = "keep",
+    bpe_merges: Annotated[Path | None, typer.Option(help="GPT-2's vocab.bpe or merges.txt")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer folder, or vocab.json beside --bpe-merges")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="megatron-lm: rows that are no padding", min=1)] = None,
+    heads: Annotated[int | None, typer.Option(help="megatron-lm: attention heads, where args are missing")] = None,
+    max_shard: Annotated[str, typer.Option(help="largest weight file")] = "2GiB",
+    average_copies: Annotated[bool, typer.Option(help="mean of what parts hold as copies but differ in")] = False,
+) -> None:
+    """Write a fairseq, Megatron-LM or GGUF checkpoint as a backbone folder, tensor by tensor."""
+
+    def work() -> None:
+        from megaptune.backbone.convert import command
+
+        options = command.Options(
+            dtype=command.DTYPES[dtype],
+            bpe_merges=bpe_merges,
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            heads=heads,
+            max_shard_bytes=command.parse_size(max_shard),
+            average_copies=average_copies,
+        )
+        command.convert(source, target, kind, options, typer.echo)
 
     _exit_with(work)
 

@@ -9,20 +9,21 @@ from typing import Any
 
 import torch
 
+from megaptune.backbone import nvme
+from megaptune.backbone.fingerprint import rows_checksum
 from megaptune.backbone.host import BackboneHost
-from megaptune.backbone.weight_files import fingerprint
+from megaptune.backbone.weight_files import verify_checksums
 from megaptune.config import Config, Reading
 from megaptune.errors import SetupError
 from megaptune.evaluation import Outcome, evaluate
 from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
 from megaptune.kernels import dispatch
-from megaptune.planning.settle import settle_layout
 from megaptune.preparation import PreparedRun
 from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.table import ResultsTable
 from megaptune.run.directory import RunDirectory
 from megaptune.run.files import write_json, write_whole
-from megaptune.run.grid import build_grid
+from megaptune.run.grid import ProcessGrid
 from megaptune.run.monitor import Monitor
 from megaptune.run.stopping import StopRequest
 from megaptune.run.topology import Topology, agree, on_main
@@ -40,11 +41,16 @@ class Experiment:
     monitor: Monitor
     stop: StopRequest
     host: BackboneHost
-    backbone_sha256: str
 
     @classmethod
     def open(
-        cls, prepared: PreparedRun, topology: Topology, directory: RunDirectory, monitor: Monitor, stop: StopRequest
+        cls,
+        prepared: PreparedRun,
+        topology: Topology,
+        grid: ProcessGrid,
+        directory: RunDirectory,
+        monitor: Monitor,
+        stop: StopRequest,
     ) -> "Experiment":
         """Load the backbone and check that the run directory knows it."""
         config, backbone = prepared.config, prepared.backbone
@@ -52,12 +58,12 @@ class Experiment:
             dispatch.choose(config.kernels.implementation, require=config.kernels.require)
         except ValueError as error:
             raise SetupError(f"kernels.implementation: {error}") from None
-        parallel = on_main(topology, lambda: settle_layout(prepared, topology, monitor))
-        sha256 = on_main(topology, lambda: fingerprint(backbone.folder, config.backbone.verify))
-        on_main(topology, lambda: directory.remember_backbone(sha256, backbone.family))
-        grid = build_grid(topology, parallel.tensor_parallel, parallel.across_nodes)
-        host = BackboneHost(backbone, config.backbone.dtype, parallel, grid, topology.device)
-        return cls(prepared, topology, directory, monitor, stop, host, sha256)
+        on_main(topology, lambda: _check_files(prepared, directory))
+        if config.parallel.offload_folder is not None:
+            nvme.prepare(topology, config.parallel.offload_folder, backbone.num_bytes, monitor.say)
+        host = BackboneHost(backbone, config.backbone.dtype, config.parallel, grid, topology.device)
+        on_main(topology, lambda: directory.remember_backbone(host.fingerprint, backbone.family))
+        return cls(prepared, topology, directory, monitor, stop, host)
 
     @property
     def config(self) -> Config:
@@ -123,7 +129,7 @@ class Experiment:
                 "kind": self.host.kind,
                 "encoder": self.config.prompt.encoder,
                 "seed": seed,
-                "backbone_sha256": self.backbone_sha256,
+                "backbone": self.host.fingerprint.as_dict(),
             }
             write_prompt(folder / "prompt", vectors, trainer.best_weights, about)
         selection = {"best_epoch": trainer.selection.best_epoch, "best_dev_p_at_1": trainer.selection.best}
@@ -202,18 +208,31 @@ class Experiment:
 
     def banner(self) -> None:
         config, host, world = self.config, self.host, self.topology.world_size
+        parallel, replicas = config.parallel, host.grid.replicas
+        extras = ", offload to " + parallel.offload if parallel.offload != "none" else ""
+        extras += ", activations recomputed" if parallel.activation_checkpointing else ""
         train = config.train
         micro = min(train.micro_batch, train.global_batch)
         pieces = -(-train.global_batch // micro)
-        idle = f", {world - pieces} ranks idle: lower train.micro_batch" if pieces < world else ""
+        idle = f", {replicas - pieces} replicas idle: lower train.micro_batch" if pieces < replicas else ""
         kernels = ", ".join(f"{op} {how}" for op, how in dispatch.describe().items())
         self.monitor.say(
             f"backbone   {host.folder.name}: {host.family}, {host.kind}, {config.backbone.dtype}, "
             f"{host.num_parameters:,} frozen parameters\n"
-            f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}), ZeRO {host.zero_stage}, "
-            f"{host.device.type}, {torch.get_num_threads()} threads a rank\n"
+            f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}) = {host.grid.replicas} "
+            f"replicas x {host.grid.shards} tensor parallel, ZeRO {host.zero_stage}{extras}, {host.device.type}, "
+            f"{torch.get_num_threads()} threads a rank\n"
             f"batch      {train.global_batch} examples = {pieces} micro-batches of {micro}, "
-            f"{-(-pieces // world)} a rank at most{idle}\n"
+            f"{-(-pieces // replicas)} a replica at most{idle}\n"
+            f"loaded     {host.load_report}\n"
             f"kernels    {kernels}\n"
             f"run        {self.directory.path}"
         )
+
+
+def _check_files(prepared: PreparedRun, directory: RunDirectory) -> None:
+    """Before weights are read: are they whole, and those that the run directory knows?"""
+    folder = prepared.backbone.folder
+    if prepared.config.backbone.verify:
+        verify_checksums(folder)
+    directory.check_backbone(rows_checksum(folder))

@@ -8,11 +8,13 @@ def run_training(config: Config) -> None:
     """:raises MegaptuneError: on every rank alike; ``state.json`` says so."""
     from megaptune.run import topology as ranks
     from megaptune.run.directory import RunDirectory
+    from megaptune.run.grid import build_grid
     from megaptune.run.monitor import Monitor
     from megaptune.run.stopping import StopRequest
 
     topology = ranks.connect()
     from megaptune.experiment import Experiment
+    from megaptune.planning.settle import settle_layout
     from megaptune.preparation import prepare_run
 
     directory = RunDirectory(config.run.directory)
@@ -20,14 +22,16 @@ def run_training(config: Config) -> None:
     claimed = False
     try:
         with StopRequest(directory.stop_file if topology.is_main else None) as stop:
-            prepared = prepare_run(config, monitor)
+            prepared = settle_layout(prepare_run(config, monitor), topology, monitor)
+            parallel = prepared.config.parallel
+            grid = build_grid(topology, parallel.tensor_parallel, parallel.across_nodes)
             ranks.on_main(topology, lambda: directory.claim(config))
             claimed = True
             if topology.is_main:
                 directory.set_state("running")
             tensorboard = directory.path / "tb" if config.monitor.tensorboard else None
             monitor = Monitor(topology.is_main, directory.metrics_file, tensorboard)
-            table = Experiment.open(prepared, topology, directory, monitor, stop).run()
+            table = Experiment.open(prepared, topology, grid, directory, monitor, stop).run()
         if topology.is_main:
             table.write(directory.path)
             monitor.show(table.console())

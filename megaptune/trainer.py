@@ -211,6 +211,7 @@ class Trainer:
             "step": self.prompt.step,
             "selection": asdict(self.selection),
             "data": self.digest,
+            "backbone": self.host.fingerprint.as_dict(),
             "metrics_bytes": self.monitor.position(),
         }
         self.checkpoints.save(self.prompt.step, tensors, state)
@@ -227,6 +228,7 @@ class Trainer:
                 f"{found.folder}: the training records or their tokens changed since this checkpoint was saved; "
                 "name another run.directory"
             )
+        self.host.fingerprint.require(found.state["backbone"], found.folder)
         self.load(found.tensors, found.state)
         self.monitor.rewind(self.name, found.state["metrics_bytes"], self.prompt.step)
         self.monitor.say(f"{self.name}  resumed at step {self.prompt.step} of {self.total_steps}")

@@ -119,12 +119,7 @@ def shard_plan(model: Any, config: Any, shard: int, shards: int) -> dict[str, Sh
     """
     if shards == 1:
         return {}
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise BackboneError(
-            f"tensor parallelism is not available for {config.model_type!r}, only for {', '.join(FAMILIES)}: set "
-            "parallel.tensor_parallel: 1"
-        )
+    family = divisible(config.model_type)
     plan: dict[str, Shard] = {}
     for block_name, block in blocks_of(model, family):
         for name, outputs in family.columns.items():
@@ -143,6 +138,16 @@ def shard_plan(model: Any, config: Any, shard: int, shards: int) -> dict[str, Sh
     for parameter in vocabulary_parameters(model):
         plan[names[id(parameter)]] = Shard(0, (rows,))
     return plan
+
+
+def divisible(model_type: str) -> Family:
+    """The table of a family; :raises BackboneError: when there is none."""
+    if model_type not in FAMILIES:
+        raise BackboneError(
+            f"tensor parallelism is not available for {model_type!r}, only for {', '.join(FAMILIES)}: set "
+            "parallel.tensor_parallel: 1"
+        )
+    return FAMILIES[model_type]
 
 
 def vocabulary_parameters(model: Any) -> list[nn.Parameter]:

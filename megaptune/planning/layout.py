@@ -1,6 +1,6 @@
 """Ways to lay a run over ranks, and the machines that they run on."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -122,7 +122,3 @@ def parse_size(text: str) -> int:
     if not 0 < size < 2**60:
         raise ValueError(text)
     return int(size)
-
-
-def without(layout: Layout, **changed: object) -> Layout:
-    return replace(layout, **changed)  # type: ignore[arg-type]

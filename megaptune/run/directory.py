@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from megaptune import __version__
+from megaptune.backbone.fingerprint import Fingerprint
 from megaptune.config import Config, validate
 from megaptune.errors import BackboneError, ConfigError, SetupError
 from megaptune.run.files import read_json, write_json, write_whole
@@ -77,20 +78,33 @@ class RunDirectory:
                 "name another run.directory, or remove that one to start over"
             )
 
-    def remember_backbone(self, fingerprint: str, family: str) -> None:
-        """:raises BackboneError: when the run was started on other weights."""
+    def check_backbone(self, rows_sha256: str) -> None:
+        """:raises BackboneError: when the run was started on other weight files."""
+        before = self._known_backbone()
+        if before is not None and before["rows_sha256"] != rows_sha256:
+            raise BackboneError(
+                f"run.directory {self.path} was started on another backbone (rows' SHA-256 "
+                f"{before['rows_sha256'][:12]}..., now {rows_sha256[:12]}...); point backbone.path at that one, or "
+                "name another run.directory"
+            )
+
+    def remember_backbone(self, fingerprint: Fingerprint, family: str) -> None:
+        """:raises BackboneError: when the run was started on another backbone, or this one scores otherwise now."""
+        before = self._known_backbone()
+        if before is None:
+            write_json(self.path / "backbone.json", {**fingerprint.as_dict(), "family": family})
+        else:
+            fingerprint.require(before, f"run.directory {self.path}")
+
+    def _known_backbone(self) -> dict[str, Any] | None:
         file = self.path / "backbone.json"
-        if file.is_file():
-            try:
-                before = read_json(file)["sha256"]
-            except (ValueError, KeyError, TypeError):
-                raise SetupError(f"{file} is damaged; name a new run.directory") from None
-            if before != fingerprint:
-                raise BackboneError(
-                    f"run.directory {self.path} was started on another backbone (SHA-256 {before[:12]}..., now "
-                    f"{fingerprint[:12]}...); point backbone.path at that one, or name another run.directory"
-                )
-        write_json(file, {"sha256": fingerprint, "family": family})
+        if not file.is_file():
+            return None
+        try:
+            known = read_json(file)
+            return {key: known[key] for key in ("rows_sha256", "probe", "dtype")}
+        except (ValueError, KeyError, TypeError):
+            raise SetupError(f"{file} is damaged; name a new run.directory") from None
 
     def set_state(self, status: str, exit_code: int | None = None, reason: str = "") -> None:
         hints = {"stopped": "run the same command again to continue", "failed": "mend the cause, then run it again"}

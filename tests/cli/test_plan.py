@@ -157,7 +157,7 @@ def test_a_dry_run_finds_what_a_run_would_find(config_file, lama, monkeypatch):
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(config_file, monkeypatch):
     config = config_file("llama")
     monkeypatch.setattr(layout, "_host_bytes", lambda: 2**20)
-    monkeypatch.setattr("megaptune.experiment.fingerprint", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("megaptune.experiment.BackboneHost", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(RankFailed, match=r"SetupError: the layout TP 1 x DP 1, ZeRO 0 does not fit .*fixed overhead"):
         run_ranks(1, train, config)
 

@@ -47,7 +47,7 @@ def test_deepspeed_with_two_ranks_gives_the_losses_of_one_process(config, one_ra
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == pytest.approx(losses(one_rank), rel=1e-5)
-    assert f"2 ranks (torch), ZeRO {stage}" in done.stdout
+    assert f"2 ranks (torch) = 2 replicas x 1 tensor parallel, ZeRO {stage}" in done.stdout
     assert done.stdout.count("test P@1, per cent") == 1  # rank 0 alone speaks
     assert json.loads((run / "state.json").read_text())["status"] == "finished"
 

@@ -90,7 +90,7 @@ def _trained_by_megaptune(config_path, learning_rate):
     prepared = prepare_run(config, monitor)
     host, topology = open_host(prepared.backbone.folder), Topology()
     directory = RunDirectory(config.run.directory)
-    experiment = Experiment(prepared, topology, directory, monitor, StopRequest(None), host, "")
+    experiment = Experiment(prepared, topology, directory, monitor, StopRequest(None), host)
     task = prepared.tasks[0]
     scorers = {"vocabulary": Scorer(host, None)}
     folder = directory.job("cities", "ptuning", 0)

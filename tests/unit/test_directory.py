@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megaptune.backbone.fingerprint import Fingerprint
 from megaptune.config import Config, load_config, validate
 from megaptune.errors import BackboneError, ConfigError, SetupError
 from megaptune.run.directory import RunDirectory
@@ -141,17 +142,30 @@ def test_stored_configuration_is_plain_yaml(directory: RunDirectory):
 # -- backbone and state ----------------------------------------------------------------------------------------------
 
 
+ONE = Fingerprint("a" * 64, (1.0, -2.0), "fp32")
+
+
 def test_same_backbone_is_known_again(begun: RunDirectory):
-    begun.remember_backbone("a" * 64, "llama")
-    begun.remember_backbone("a" * 64, "llama")
-    assert json.loads((begun.path / "backbone.json").read_text()) == {"sha256": "a" * 64, "family": "llama"}
+    begun.check_backbone(ONE.rows_sha256)
+    begun.remember_backbone(ONE, "llama")
+    begun.check_backbone(ONE.rows_sha256)
+    begun.remember_backbone(Fingerprint(ONE.rows_sha256, (1.001, -2.0), "fp32"), "llama")
+    stored = json.loads((begun.path / "backbone.json").read_text())
+    assert stored == {"rows_sha256": "a" * 64, "probe": [1.0, -2.0], "dtype": "fp32", "family": "llama"}
 
 
 def test_other_backbone_is_refused_and_the_first_stays_on_record(begun: RunDirectory):
-    begun.remember_backbone("a" * 64, "llama")
-    with pytest.raises(BackboneError, match=r"another backbone \(SHA-256 aaaaaaaaaaaa\.\.\., now bbbbbbbbbbbb"):
-        begun.remember_backbone("b" * 64, "llama")
-    assert json.loads((begun.path / "backbone.json").read_text())["sha256"] == "a" * 64
+    begun.remember_backbone(ONE, "llama")
+    with pytest.raises(BackboneError, match=r"another backbone \(rows' SHA-256 aaaaaaaaaaaa\.\.\., now bbbbbbbbbbbb"):
+        begun.check_backbone("b" * 64)
+    assert json.loads((begun.path / "backbone.json").read_text())["rows_sha256"] == "a" * 64
+
+
+@pytest.mark.parametrize("probe", [(1.1, -2.0), (float("nan"), -2.0)])
+def test_same_files_that_score_otherwise_are_refused(begun: RunDirectory, probe: tuple[float, ...]):
+    begun.remember_backbone(ONE, "llama")
+    with pytest.raises(BackboneError, match="a probe input scores otherwise now"):
+        begun.remember_backbone(Fingerprint(ONE.rows_sha256, probe, "fp32"), "llama")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,13 @@ errors
 config_files            config
 run                     run.files  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
-backbone.description    backbone.embedded  backbone.zero_config
-kernels                 backbone.tensor_parallel  backbone.loading  backbone.output_rows  backbone.host
+backbone.description
+backbone.convert        backbone.convert.torch_file  backbone.convert.output  backbone.convert.conversion
+backbone.convert.parts  backbone.convert.bpe  backbone.convert.fairseq_dictionary  backbone.convert.fairseq_megatron
+backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
+backbone.embedded       backbone.zero_config
+kernels                 backbone.fingerprint  backbone.tensor_parallel  backbone.loading  backbone.whole_model
+backbone.output_rows    backbone.nvme  backbone.host
 run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom
 prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.soft_prompt

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megaptune.backbone.weight_files import check_headers, fingerprint, weight_files, write_checksums
+from megaptune.backbone.weight_files import check_headers, verify_checksums, weight_files, write_checksums
 from megaptune.errors import BackboneError
 
 
@@ -118,19 +118,6 @@ def test_damaged_header_is_named(folder: Path):
 # -- what identifies them --------------------------------------------------------------------------------------------
 
 
-def test_fingerprint_is_of_the_bytes(folder: Path, tmp_path: Path):
-    other = Path(shutil.copytree(folder, tmp_path / "copy"))
-    assert fingerprint(folder) == fingerprint(other)
-    flip_last_bit(other / "model.safetensors")
-    assert fingerprint(folder) != fingerprint(other)
-
-
-def test_fingerprint_is_the_same_with_and_without_a_record(folder: Path):
-    before = fingerprint(folder)
-    write_checksums(folder)
-    assert fingerprint(folder) == fingerprint(folder, verify=False) == before
-
-
 def test_record_has_the_format_of_sha256sum(folder: Path):
     expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert write_checksums(folder).read_text() == f"{expected}  model.safetensors\n"
@@ -140,7 +127,7 @@ def test_flipped_bit_is_found_against_the_record(folder: Path):
     write_checksums(folder)
     flip_last_bit(folder / "model.safetensors")
     assert check_headers(folder) > 0  # the header is whole; only the checksum can tell
-    message = refusal(fingerprint, folder)
+    message = refusal(verify_checksums, folder)
     assert f"{folder / 'model.safetensors'}: its bytes changed" in message
     assert "copy or convert it again" in message
 
@@ -148,14 +135,12 @@ def test_flipped_bit_is_found_against_the_record(folder: Path):
 def test_flipped_bit_of_a_part_names_that_part(parts: Path):
     write_checksums(parts)
     flip_last_bit(parts / "model-00002-of-00002.safetensors")
-    assert "model-00002-of-00002.safetensors: its bytes changed" in refusal(fingerprint, parts)
+    assert "model-00002-of-00002.safetensors: its bytes changed" in refusal(verify_checksums, parts)
 
 
-def test_without_verification_a_record_is_trusted_unread(folder: Path):
-    before = fingerprint(folder)
-    write_checksums(folder)
-    flip_last_bit(folder / "model.safetensors")
-    assert fingerprint(folder, verify=False) == before
+def test_without_a_record_nothing_is_read(folder: Path, monkeypatch):
+    monkeypatch.setattr("megaptune.backbone.weight_files.file_checksum", lambda file: pytest.fail("was read"))
+    verify_checksums(folder)
 
 
 def test_link_into_a_hugging_face_cache_is_checked_against_the_name_of_its_target(folder: Path, tmp_path: Path):
@@ -163,13 +148,13 @@ def test_link_into_a_hugging_face_cache_is_checked_against_the_name_of_its_targe
     blob = tmp_path / hashlib.sha256(file.read_bytes()).hexdigest()
     file.rename(blob)
     file.symlink_to(blob)
-    assert len(fingerprint(folder)) == 64
+    verify_checksums(folder)
     flip_last_bit(blob)
-    assert "its bytes changed" in refusal(fingerprint, folder)
+    assert "its bytes changed" in refusal(verify_checksums, folder)
 
 
 def test_record_in_sha256sums_binary_form_counts_too(folder: Path):
     record = write_checksums(folder)
     record.write_text(record.read_text().replace("  ", " *"))
     flip_last_bit(folder / "model.safetensors")
-    assert "its bytes changed" in refusal(fingerprint, folder)
+    assert "its bytes changed" in refusal(verify_checksums, folder)

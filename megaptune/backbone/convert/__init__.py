@@ -1,0 +1,1 @@
+"""Checkpoints of other programs become Hugging Face folders: fairseq's megatron_11b, NVIDIA's Megatron-LM, GGUF."""

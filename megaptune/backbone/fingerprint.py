@@ -1,0 +1,71 @@
+"""What a saved prompt remembers of its backbone: checksums of a few rows of every tensor, and scores of a probe input.
+
+The rows are read from the files, so they do not depend on how ranks share the weights; the scores come from the hosted
+model, so they also notice weights that were divided or loaded wrongly.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaptune.backbone.checkpoint_reader import CheckpointReader
+from megaptune.errors import BackboneError
+
+_ROWS = 4  # of a tensor
+_ROW_BYTES = 65536  # of a row, at most
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.05}
+"""Of the largest score. Layouts and machines round differently; another model differs by its whole size."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """rows_sha256: over names, shapes and some rows of all tensors; probe: scores at fixed places for a fixed input."""
+
+    rows_sha256: str
+    probe: tuple[float, ...]
+    dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rows_sha256": self.rows_sha256, "probe": list(self.probe), "dtype": self.dtype}
+
+    def require(self, stored: dict[str, Any], where: object) -> None:
+        """:raises BackboneError: when what is ``stored`` in ``where`` is of another backbone."""
+        before = stored.get("rows_sha256", "")
+        if before != self.rows_sha256:
+            raise BackboneError(
+                f"{where} belongs to another backbone (rows' SHA-256 {before[:12]}..., of this one "
+                f"{self.rows_sha256[:12]}...); point backbone.path at that one, or name another run.directory"
+            )
+        probe = torch.tensor(stored["probe"], dtype=torch.float64)
+        mine = torch.tensor(self.probe, dtype=torch.float64)
+        limit = max(TOLERANCE[self.dtype], TOLERANCE[stored["dtype"]])
+        error = float((probe - mine).abs().max() / probe.abs().max().clamp(min=1e-6))
+        if not error <= limit:
+            raise BackboneError(
+                f"{where} was made with this backbone's files, but a probe input scores otherwise now (by {error:.1e} "
+                f"of the largest score; {limit:.0e} is rounding): compare the versions in environment.json, verify the "
+                "weight files with `megaptune checksum`, or name another run.directory"
+            )
+
+
+def rows_checksum(folder: Path) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and four of its rows; it does not depend on the cut into files."""
+    reader, whole = CheckpointReader(folder), hashlib.sha256()
+    for name in sorted(reader.entries):
+        entry, tensor = reader.entries[name], reader.whole(name)
+        whole.update(f"{name} {entry.dtype} {list(entry.shape)};".encode())
+        if not tensor.numel():
+            continue
+        rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
+        picked = sorted({(len(rows) - 1) * step // (_ROWS - 1) for step in range(_ROWS)})
+        for row in picked:
+            whole.update(rows[row].view(torch.uint8)[:_ROW_BYTES].numpy().tobytes())
+    return whole.hexdigest()
+
+
+def probe_ids(vocabulary_size: int) -> torch.Tensor:
+    """The same five tokens [1, 5] for every model of a vocabulary."""
+    return torch.tensor([[(7919 * (position + 1)) % vocabulary_size for position in range(5)]])
