@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""The command line: ``megaptune train|plan|check|report|checksum|env``."""
-=======
-"""The command line: ``megaptune train|check|report|convert|checksum|env``."""
->>>>>>> main
+"""The command line: ``megaptune train|plan|check|report|convert|checksum|env``."""
 
 import os
 import sys
