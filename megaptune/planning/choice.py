@@ -103,7 +103,7 @@ def weigh(shapes: Shapes, work: Workload, machines: Machines, parallel: Parallel
     return sorted(weighed, key=lambda found: (not found.fits, found.preference))
 
 
-def recommend(candidates: list[Candidate], shapes: Shapes, work: Workload) -> tuple[Candidate, str]:
+def recommend(candidates: list[Candidate], work: Workload) -> tuple[Candidate, str]:
     """The best layout that fits, and the reason.
 
     :raises SetupError: when none fits.

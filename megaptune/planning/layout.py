@@ -46,10 +46,6 @@ class Layout:
             }
         )
 
-    def shared(self) -> bool:
-        """Whether replicas hold shares of the weights instead of all of them."""
-        return self.zero_stage == 3 and self.replicas > 1
-
     def __str__(self) -> str:
         parts = [f"TP {self.tensor_parallel} x DP {self.replicas}", f"ZeRO {self.zero_stage}"]
         parts += ["activation checkpointing"] if self.activation_checkpointing else []

@@ -31,7 +31,7 @@ class PlanReport:
     def __init__(self, config: Config, source: Source, shapes: Shapes, work: Workload, machines: Machines) -> None:
         self.source, self.shapes, self.work, self.machines = source, shapes, work, machines
         self.candidates = weigh(shapes, work, machines, config.parallel)
-        self.best, self.reason = recommend(self.candidates, shapes, work)
+        self.best, self.reason = recommend(self.candidates, work)
         self.stated: Candidate | None = None
         parallel = config.parallel
         if parallel.layout == "stated" and machines.world_size % parallel.tensor_parallel == 0:

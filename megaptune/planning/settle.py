@@ -31,7 +31,7 @@ def settle(config: Config, shapes: Shapes, work: Workload, machines: Machines, m
     """The ``parallel`` section that a run takes on ``machines``."""
     parallel = config.parallel
     if parallel.layout == "auto":
-        best, reason = recommend(weigh(shapes, work, machines, parallel), shapes, work)
+        best, reason = recommend(weigh(shapes, work, machines, parallel), work)
         monitor.say(f"layout     {best.layout} (auto): {reason}")
         return best.layout.settings(parallel)
     check_grid(machines.world_size, machines.ranks_per_node, parallel.tensor_parallel, parallel.across_nodes)

@@ -78,7 +78,7 @@ class Workload:
             evaluation_batch=config.evaluation.batch,
             evaluation_tokens=evaluated,
             prompt_rows=rows,
-            encoder=config.prompt.encoder,
+            encoder=config.prompt.encoder if any("ptuning" in method for method in config.methods) else "none",
             optimizer=train.optimizer,
             train_over=config.scoring.train_over,
             candidates={reading: count for reading, count in counts.items() if reading in wanted},
@@ -165,18 +165,27 @@ class Shapes:
     ) -> Activations:
         """See :func:`megaptune.planning.activations.trace`; two blocks are traced, the second stands for the rest.
 
-        A family without a table is not taken apart: its blocks are put at 40 tensors as large as the hidden states.
+        A family without a table is not taken apart, and code that looks into tensors' values (some rotary embeddings
+        do) cannot be traced: blocks are then put at 40 tensors as large as the hidden states.
         """
+        hidden = 40 * examples * tokens * self.width * self.itemsize
+        assumed = Activations(hidden * int(getattr(self.config, "num_hidden_layers", 1)) if backward else 0, hidden)
         if self.family not in FAMILIES:
-            hidden = 40 * examples * tokens * self.width * self.itemsize
-            return Activations(hidden * int(getattr(self.config, "num_hidden_layers", 1)) if backward else 0, hidden)
+            return assumed
         memo = {id(block): nn.Identity() for block in self._blocks(self.model)[TRACED_BLOCKS:]}  # these are not copied
         model = copy.deepcopy(self.model, memo)
         del self._blocks(model)[TRACED_BLOCKS:]
         if tuned:
             model.requires_grad_(True)
         masked = self.kind == "masked"
-        return trace(model, self.config, shards, examples, tokens, masked, checkpointing, zero_3, backward, self.blocks)
+        try:
+            return trace(
+                model, self.config, shards, examples, tokens, masked, checkpointing, zero_3, backward, self.blocks
+            )
+        except RuntimeError as error:
+            if "meta tensors" not in str(error):
+                raise
+            return assumed
 
     def _blocks(self, model: Any) -> Any:
         return model.get_submodule(FAMILIES[self.family].blocks)
@@ -190,7 +199,9 @@ def estimated_tokens(template: Template, record: Record) -> int:
 
 
 def encoder_elements(name: str, rows: int, width: int) -> int:
-    """Parameters of a prompt encoder."""
+    """Parameters of a prompt encoder; of ``none``, no one."""
+    if name == "none":
+        return 0
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_encoder(name, rows, width, 0.0, 0).parameters())
 

@@ -122,7 +122,7 @@ def test_a_tuned_lm_needs_gradients_and_moments(small):
 
 
 def _best(shapes, work, machines, **parallel):
-    return recommend(weigh(shapes, work, machines, ParallelConfig(layout="auto", **parallel)), shapes, work)
+    return recommend(weigh(shapes, work, machines, ParallelConfig(layout="auto", **parallel)), work)
 
 
 def _needs(shapes, work, layout, machines):
