@@ -235,8 +235,32 @@ def _host(module: nn.Module, config: dict[str, Any], grid: ProcessGrid) -> Any:
     # the weights that the ranks of a host share through the memory map.
     broadcast = DeepSpeedEngine._broadcast_model
     DeepSpeedEngine._broadcast_model = lambda engine: None
+    _forget_releases_with_their_trace()
     try:
         engine, *_ = deepspeed.initialize(model=module, config=config, mpu=_mpu(grid))
     finally:
         DeepSpeedEngine._broadcast_model = broadcast
     return engine
+
+
+def _forget_releases_with_their_trace() -> None:
+    """Let ZeRO 3 decide anew which weights to keep when it learns another order of modules.
+
+    DeepSpeed 0.19.8 remembers the decision beyond that order. What it sees first here is a forward without a backward
+    (the probe, an evaluation), in which nothing is needed again: every later step would fetch all weights twice.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    clear, decide = Coordinator._clear_trace_structures, Coordinator._PartitionedParameterCoordinator__params_to_release
+    # The cache stands inside a wrapper of DeepSpeed's that does not show it.
+    cells = [cell.cell_contents for cell in decide.__closure__ or ()]
+    cached = next((inner for inner in cells if hasattr(inner, "cache_clear")), None)
+    if cached is None or getattr(clear, "forgets_releases", False):
+        return
+
+    def clear_all(coordinator: Any) -> None:
+        clear(coordinator)
+        cached.cache_clear()
+
+    clear_all.forgets_releases = True  # type: ignore[attr-defined]
+    Coordinator._clear_trace_structures = clear_all

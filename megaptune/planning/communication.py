@@ -69,7 +69,7 @@ def _tensor_parallel(shapes: Shapes, work: Workload, layout: Layout) -> float:
 
 def weight_passes(shapes: Shapes, layout: Layout) -> float:
     """How often ZeRO 3 fetches the weights in a micro-batch: for forward and for backward, but for what it still holds
-    after the turn. (In a run's first two steps, before DeepSpeed knows the order of modules, twice.)"""
+    after the turn. (In a run's first steps, before DeepSpeed knows the order of modules, twice.)"""
     elements = sum(tensor.elements for tensor in shapes.tensors(0, layout.tensor_parallel))
     return 2.0 - min(1.0, REUSE_ELEMENTS / 2 / elements)
 

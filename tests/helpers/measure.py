@@ -128,7 +128,7 @@ def gathered_elements(module: torch.nn.Module) -> int:
 
 
 def measure_step(folder: Path, layout: Layout) -> dict[str, float]:
-    """What this rank holds, keeps and sends in a step; the third, when ZeRO 3 knows the order of modules."""
+    """What this rank holds, keeps and sends in a step; the fifth, when ZeRO 3 knows the order of modules."""
     with counted_traffic() as traffic:
         host = open_host(
             folder,
@@ -151,7 +151,7 @@ def measure_step(folder: Path, layout: Layout) -> dict[str, float]:
 
         for module in host.module.modules():
             module.register_forward_hook(look)
-        for _ in range(3):
+        for _ in range(5):
             traffic.clear()
             table = torch.randn(ROWS, host.width).requires_grad_()
             with counted_saved(host.module) as saved:
