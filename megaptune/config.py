@@ -159,6 +159,21 @@ class MonitorConfig(Section):
     sample_predictions: int = Field(8, ge=0, description="test predictions shown in TensorBoard")
 
 
+class LaunchConfig(Section):
+    """Patience and checks until the first step; nothing here can change a result."""
+
+    join_timeout_s: float = Field(600, gt=0, description="how long the ranks that are there wait for the others")
+    first_step_timeout_s: float = Field(
+        1800,
+        gt=0,
+        description="until the first step: how long the others wait for one rank before it is named and all leave",
+    )
+    preflight: bool = Field(True, description="check every rank's host after joining; failures stop the run")
+    min_free_disk_gib: float = Field(
+        1.0, ge=0, description="preflight: free space wanted at run.directory and parallel.offload_folder"
+    )
+
+
 class KernelConfig(Section):
     implementation: Literal["auto", "reference", "triton"] = Field(
         "auto", description="auto: Triton on CUDA, plain torch on CPU"
@@ -181,6 +196,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     kernels: KernelConfig = KernelConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "Config":
@@ -215,7 +231,7 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but the layout, logging and retention, which a resumed run may change."""
-        exempt = {"run", "parallel", "checkpoint", "monitor", "kernels", "evaluation"}
+        exempt = {"run", "parallel", "checkpoint", "monitor", "kernels", "launch", "evaluation"}
         kept = self.model_dump(mode="json", exclude=exempt)
         kept["run"] = {"seeds": self.run.seeds}
         kept["backbone"].pop("architecture")

@@ -15,6 +15,12 @@ Every message says what was given, what was expected and what to change. Asserti
 
 class MegaptuneError(Exception):
     exit_code = 1
+    on_every_rank = False  # set where all ranks are known to raise the same: rank 0 alone tells it then
+
+    def shared(self) -> "MegaptuneError":
+        """This error, known to be raised by every rank."""
+        self.on_every_rank = True
+        return self
 
 
 class ConfigError(MegaptuneError):

@@ -21,6 +21,7 @@ from megaptune.kernels import dispatch
 from megaptune.preparation import PreparedRun
 from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.table import ResultsTable
+from megaptune.run import roll_call
 from megaptune.run.directory import RunDirectory
 from megaptune.run.files import write_json, write_whole
 from megaptune.run.grid import ProcessGrid
@@ -61,7 +62,9 @@ class Experiment:
         on_main(topology, lambda: _check_files(prepared, directory))
         if config.parallel.offload_folder is not None:
             nvme.prepare(topology, config.parallel.offload_folder, backbone.num_bytes, monitor.say)
+        roll_call.mark("reading the backbone")
         host = BackboneHost(backbone, config.backbone.dtype, config.parallel, grid, topology.device)
+        roll_call.mark("working towards the first step")
         on_main(topology, lambda: directory.remember_backbone(host.fingerprint, backbone.family))
         return cls(prepared, topology, directory, monitor, stop, host)
 
@@ -102,6 +105,8 @@ class Experiment:
         self.monitor.rewind(f"{task.data.name}/manual", None, 0)
         nothing = torch.zeros(0, self.host.width, device=self.host.device)
         outcomes = self.evaluate(task.manual.test, nothing, scorers)
+        if "ptuning" not in self.config.methods:
+            roll_call.mark("training")  # no step will come
         self.finish(task, "manual", None, task.manual, outcomes, {})
 
     def run_ptuning(self, task: PreparedTask, scorers: dict[Reading, Scorer], seed: int) -> None:

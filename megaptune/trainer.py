@@ -24,6 +24,7 @@ from megaptune.errors import CheckpointError, DivergedError
 from megaptune.evaluation import Outcome, evaluate
 from megaptune.examples import EncodedTask, Example
 from megaptune.prompts.soft_prompt import SoftPrompt
+from megaptune.run import roll_call
 from megaptune.run.checkpoint import CheckpointFolder, read_checkpoint
 from megaptune.run.exact_sum import sum_exactly
 from megaptune.run.monitor import Monitor, Pace, memory
@@ -128,6 +129,7 @@ class Trainer:
             raise DivergedError(f"{self.name}: the loss or gradient of step {self.prompt.step + 1} is not finite")
         rate = self.prompt.learning_rate()
         norm = self.prompt.apply(table, gradient)
+        roll_call.mark("training")
         self.report(sums, table, gradient, norm, rate)
         return sums
 

@@ -24,6 +24,7 @@ from megaptune.backbone.zero_config import frozen_backbone_config
 from megaptune.config import ParallelConfig
 from megaptune.errors import BackboneError
 from megaptune.kernels import dispatch
+from megaptune.run import roll_call
 from megaptune.run.grid import ProcessGrid
 from megaptune.run.topology import agree
 
@@ -117,6 +118,7 @@ class BackboneHost:
         self.module = PromptedBackbone(model, grid, first_id).eval().requires_grad_(False)
         if self.zero_stage == 0:
             _group_gradients(self.module)
+        roll_call.mark("handing the backbone to DeepSpeed")
         self.engine = _host(self.module, config, grid)
         self.output = OutputEmbedding(self.module.head, self.vocabulary_size, description.unused_ids, grid)
         if probe is not None:

@@ -108,10 +108,12 @@ def load_divided(
     plan = shard_plan(model, config, grid.shard, grid.shards)
     divide(model, config, plan, grid)
     bytes_read = 0
+    largest = max(parameter.numel() for parameter in model.parameters()) if zero_init is not None else 0
+    scratch = torch.empty(largest, dtype=DTYPES[dtype], device=device)
     for name, parameter in list(model.named_parameters()):
         source, shard = sources[name], plan.get(name)
         if zero_init is not None:
-            bytes_read += _read_share(parameter, model, reader, source, shard, zero_init, grid, device)
+            bytes_read += _read_share(parameter, model, reader, source, shard, zero_init, grid, scratch)
         else:
             data = reader.part(source, shard, parameter.dtype, device, mapped=not trainable)
             if data.data_ptr() == reader.views(source, shard)[0].data_ptr():
@@ -133,14 +135,14 @@ def _read_share(
     shard: Shard | None,
     zero_init: Any,
     grid: ProcessGrid,
-    device: torch.device,
+    scratch: torch.Tensor,
 ) -> int:
     """Read this replica's share of a parameter and let ZeRO 3 keep it; the bytes read.
 
-    DeepSpeed cuts the share from a tensor of the parameter's full size. That one is left empty elsewhere, so on a CPU
-    only the share's pages come to exist.
+    DeepSpeed cuts the share from a tensor of the parameter's full size. That is ``scratch``, the same for all, in which
+    only shares are ever written: on a CPU, its other pages do not come to exist.
     """
-    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    empty = scratch[: parameter.numel()].view(parameter.shape)
     size = -(-parameter.numel() // grid.replicas)
     start = min(size * grid.replica, parameter.numel())
     bytes_read = reader.fill(empty, source, shard, start, min(start + size, parameter.numel()))

@@ -6,7 +6,6 @@ Only rank 0 has a speaking monitor; on the others every call does nothing.
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections import deque
@@ -198,5 +197,9 @@ def memory() -> dict[str, float]:
 
 
 def peak_host_bytes() -> int:
-    """The most memory that this process has held so far, pages of mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process has held so far, pages of mapped files included.
+
+    Not ``ru_maxrss``, which a process takes over from the one that started it.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))

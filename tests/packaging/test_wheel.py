@@ -60,7 +60,7 @@ def test_the_wheel_carries_the_kernels_inside_and_nothing_at_top_level(wheel):
 def test_help_from_the_wheel(installed, tmp_path):
     done = python("-m", "megaptune", "--help", folder=tmp_path, first_on_path=[installed])
     assert done.returncode == 0, done.stderr
-    for command in ("train", "check", "report", "checksum", "options", "env"):
+    for command in ("train", "check", "preflight", "report", "checksum", "options", "env"):
         assert command in done.stdout
 
 

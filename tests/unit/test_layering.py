@@ -15,13 +15,14 @@ LAYERS = """
 __init__
 errors
 config_files            config
-run                     run.files  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
+run                     run.files  run.roll_call  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
 backbone.description
 backbone.convert        backbone.convert.torch_file  backbone.convert.output  backbone.convert.conversion
 backbone.convert.parts  backbone.convert.bpe  backbone.convert.fairseq_dictionary  backbone.convert.fairseq_megatron
 backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
 backbone.embedded       backbone.zero_config
+run.preflight
 kernels                 backbone.fingerprint  backbone.tensor_parallel  backbone.loading  backbone.whole_model
 backbone.output_rows    backbone.nvme  backbone.host
 run.checkpoint          run.directory

@@ -76,7 +76,11 @@ def test_fewer_key_value_heads_than_ranks_are_held_more_than_once(shards):
 @pytest.mark.parametrize(
     ("sizes", "shards", "told"),
     [
-        ({"num_attention_heads": 4, "num_key_value_heads": 4}, 3, r"4 attention heads do not divide among 3.*from \[1, 2, 4\]"),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 4},
+            3,
+            r"4 attention heads do not divide among 3.*\[1, 2, 4\]",
+        ),
         ({"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}, 2, r"from \[1, 3, 6\]"),
         ({"num_attention_heads": 4, "num_key_value_heads": 2}, 8, r"do not divide among 8.*from \[1, 2, 4\]"),
     ],

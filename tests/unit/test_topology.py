@@ -1,9 +1,17 @@
 """Who am I among how many, from what each launcher sets."""
 
+import base64
+import json
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from megaptune.errors import SetupError
-from megaptune.run.topology import Topology, agree, all_reduce_sum, on_main, read_environment
+from megaptune.run import topology
+from megaptune.run.topology import Topology, agree, all_reduce_sum, launcher_hosts, on_main, read_environment
 
 MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 # As the launchers were seen to set them, for the third of four ranks on two nodes.
@@ -56,6 +64,65 @@ def test_torchrun_inside_srun_counts_its_own_ranks():
 
 def test_slurm_tasks_per_node_may_be_repeated():
     assert read_environment({**SLURM, "SLURM_NTASKS_PER_NODE": "2(x2)"}).local_world_size == 2
+
+
+@pytest.mark.parametrize(("node", "size"), [("0", 2), ("2", 2), ("3", 1)])
+def test_slurm_says_how_many_tasks_each_node_has(node: str, size: int):
+    """Without --ntasks-per-node this is all that srun sets."""
+    environment = {name: value for name, value in SLURM.items() if name != "SLURM_NTASKS_PER_NODE"}
+    steps = {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": node}
+    assert read_environment({**environment, **steps}).local_world_size == size
+
+
+def test_mpirun_inside_a_slurm_job_counts_mpis_ranks():
+    """It starts its daemons through srun, whose variables the ranks inherit."""
+    daemon = {**SLURM, "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    assert read_environment({**daemon, **OPENMPI}).launcher == "openmpi"
+    assert read_environment({**daemon, **MPICH}).launcher == "mpich"
+
+
+def test_srun_that_speaks_pmi_is_srun():
+    assert read_environment({**SLURM, "PMI_RANK": "2", "PMI_SIZE": "4"}).launcher == "slurm"
+
+
+def test_slurm_hosts_by_rank(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(topology, "_slurm_hosts", lambda environment: ["node1", "node2"])
+    environment = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    place = Topology(rank=0, world_size=3, launcher="slurm")
+    assert launcher_hosts(place, environment) == {0: "node1", 1: "node1", 2: "node2"}
+    assert launcher_hosts(place, {**environment, "SLURM_DISTRIBUTION": "cyclic"}) == {}
+
+
+def test_deepspeeds_hosts_stand_in_its_launchers_arguments(tmp_path):
+    """A launcher is the parent process: here one whose child asks."""
+    packed = base64.urlsafe_b64encode(json.dumps({"n1": [0, 1], "n2": [0]}).encode()).decode()
+    ask = "from megaptune.run.topology import _deepspeed_hosts; print(_deepspeed_hosts())"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2]], check=True)"
+    command = [sys.executable, "-c", parent, f"--world_info={packed}", ask]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[('n1', 2), ('n2', 1)]"
+
+
+def test_an_address_that_others_can_reach(monkeypatch: pytest.MonkeyPatch):
+    def entry(address: str) -> SimpleNamespace:
+        return SimpleNamespace(family=socket.AF_INET, address=address)
+
+    found = {"lo": [entry("127.0.0.1")], "eth0": [entry("10.0.0.5")], "ib0": [entry("192.168.0.5")]}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: found)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")  # Debian's /etc/hosts
+    assert topology._own_address() == "10.0.0.5"
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "192.168.0.5")
+    assert topology._own_address() == "192.168.0.5"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert topology._own_address() == "10.0.0.5"
+
+
+def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {**DEEPSPEED, "MASTER_PORT": "tcp"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SetupError, match="MASTER_PORT is 'tcp', expected a number"):
+        topology._export(read_environment(DEEPSPEED))
 
 
 def test_without_a_local_size_all_ranks_share_the_node():
