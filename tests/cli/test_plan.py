@@ -81,6 +81,13 @@ def test_the_tables_name_components_traffic_and_reason():
     assert "its weights are not here" in shown
 
 
+def test_gpt2_xl_has_25_heads_and_is_not_divided_by_eight():
+    found = json.loads(run("plan", "--config", LARGE.with_name("lama_gpt2_xl.yaml"), *FOUR_NODES, "--json"))
+    assert found["backbone"]["parameters"] == 1_557_611_200
+    assert found["recommended"]["layout"]["tensor_parallel"] == 1
+    assert any("25 attention heads do not divide" in (row["problem"] or "") for row in found["layouts"])
+
+
 def test_a_config_json_alone_is_enough(config_file, tmp_path):
     folder = save_sized("gpt2", tmp_path / "bare", weights=False)
     config = config_file("gpt2", backbone={"path": str(folder)})
