@@ -1,5 +1,6 @@
 """The command line: ``megaptune train|plan|check|preflight|report|convert|checksum|env``."""
 
+import gc
 import os
 import sys
 import time
@@ -76,10 +77,14 @@ def plan(
     """Bytes per rank, traffic per step and the layout to take, from shapes alone."""
 
     def work() -> None:
-        from megaptune.planning.session import print_plan
+        gc.disable()  # a short command, a seventh of which would go into looking for garbage among imports
+        try:
+            from megaptune.planning.session import print_plan
 
-        settings = _load(config, overrides, unset_paths=True)
-        print_plan(settings, nodes, gpus_per_node, gpu_memory, host_memory, tokens, as_json)
+            settings = _load(config, overrides, unset_paths=True)
+            print_plan(settings, nodes, gpus_per_node, gpu_memory, host_memory, tokens, as_json)
+        finally:
+            gc.enable()
 
     _exit_with(work)
 

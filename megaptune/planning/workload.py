@@ -144,7 +144,8 @@ class Shapes:
         """See :func:`megaptune.planning.activations.trace`. One part of the bytes is whole on every rank, the other is
         divided: two traces tell them apart, and larger groups follow."""
         kv_heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        settings = examples, tokens, checkpointing, zero_3 and backward, backward, tuned
+        keeps_inputs = zero_3 and backward and not checkpointing  # of linear layers; else nothing is kept of a block
+        settings = examples, tokens, checkpointing, keeps_inputs, backward, tuned
         if shards <= 2 or shards % 2 or kv_heads % shards:
             return self.traced(shards, *settings)
         one, two = self.traced(1, *settings), self.traced(2, *settings)
