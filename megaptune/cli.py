@@ -106,7 +106,7 @@ def check(config: ConfigOption, overrides: SetOption = None) -> None:
         )
         for task in prepared.tasks:
             monitor.say(task.summary(len(prepared.tokenizer)))
-            for encoded in (task.manual, task.tuned):
+            for encoded in (task.manual, task.tuned, task.bare):
                 if encoded is not None:
                     pieces = [
                         f"[P{-slot}]" if slot < 0 else prepared.tokenizer.convert_ids_to_tokens(slot)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megaptune import config_files
 from megaptune.errors import ConfigError
+from megaptune.methods import METHODS, MethodName
 
 Reading = Literal["answers", "word_list", "vocabulary"]
 
@@ -96,14 +97,17 @@ class TrainConfig(Section):
     global_batch: int = Field(8, ge=1, description="examples per optimizer step over all ranks")
     micro_batch: int = Field(8, ge=1, description="examples computed together; ranks take whole micro-batches")
     drop_last: bool = Field(False, description="leave out an epoch's incomplete last batch")
-    optimizer: Literal["adam", "sgd"] = Field("adam", description="of the prompt encoder, torch's")
-    learning_rate: float = Field(1e-5, gt=0, description="the highest rate of the schedule")
+    optimizer: Literal["adam", "sgd"] = Field("adam", description="of the prompt encoder and a tuned LM, torch's")
+    learning_rate: float = Field(1e-5, gt=0, description="of the prompt encoder: the highest rate of the schedule")
+    lm_learning_rate: float = Field(5e-6, gt=0, description="the same of a tuned LM")
     weight_decay: float = Field(5e-4, ge=0, description="L2 term in the gradient, not decoupled")
     schedule: Literal["exponential", "linear", "constant"] = Field("exponential", description="of the learning rate")
     decay_per_epoch: float = Field(0.98, gt=0, le=1, description="exponential: factor per epoch")
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate grows from nothing")
     final_fraction: float = Field(0.0, ge=0, le=1, description="linear: the last step's share of learning_rate")
-    max_gradient_norm: float | None = Field(None, gt=0, description="clip the encoder's gradient at this norm")
+    max_gradient_norm: float | None = Field(
+        None, gt=0, description="clip the gradient at this norm: the encoder's and a tuned LM's, each its own"
+    )
     patience: int = Field(20, ge=0, description="stop after so many dev passes without a gain (a tie is one); 0: never")
 
 
@@ -151,6 +155,7 @@ class ParallelConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int | None = Field(None, ge=1, description="besides the end of each epoch")
     keep: int = Field(2, ge=2, description="newest checkpoints kept; two, so that one can be damaged")
+    save_tuned_lm: bool = Field(False, description="leave a tuned LM in the job's folder, as a Hugging Face folder")
 
 
 class MonitorConfig(Section):
@@ -185,8 +190,11 @@ class Config(Section):
     run: RunConfig = RunConfig()
     backbone: BackboneConfig
     task: Annotated[LamaTask | CustomTask, Field(discriminator="type")]
-    methods: list[Literal["manual", "ptuning"]] = Field(
-        ["manual", "ptuning"], min_length=1, description="manual: zero-shot with the manual prompt; ptuning: trained"
+    methods: list[MethodName] = Field(
+        ["manual", "ptuning"],
+        min_length=1,
+        description="manual: zero-shot with the manual prompt; ptuning: a prompt trained against the frozen LM; "
+        "finetune: the LM tuned on the template without pseudo tokens; manual+finetune, ptuning+finetune: LM tuned too",
     )
     prompt: PromptConfig = PromptConfig()
     scoring: ScoringConfig = ScoringConfig()
@@ -209,12 +217,14 @@ class Config(Section):
                 f"scoring.select_on is {self.scoring.select_on!r}, which scoring.evaluate_over does not list"
             )
         if isinstance(self.task, CustomTask):
-            if "ptuning" in self.methods:
-                missing = [f"task.{split}" for split in ("train", "dev") if getattr(self.task, split) is None]
-                if missing:
-                    problems.append(f"method ptuning needs {' and '.join(missing)}")
-            if "manual" in self.methods and self.prompt.manual is None:
-                problems.append("method manual needs prompt.manual: a custom task has no template of its own")
+            training = next((name for name in self.methods if METHODS[name].trains), None)
+            missing = [f"task.{split}" for split in ("train", "dev") if getattr(self.task, split) is None]
+            if training and missing:
+                problems.append(f"method {training} needs {' and '.join(missing)}")
+            manual = next((name for name in self.methods if METHODS[name].prompt == "manual"), None)
+            if manual and self.prompt.manual is None:
+                problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
+        problems += self._layout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
             "methods": list(self.methods),
@@ -228,6 +238,21 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _layout_problems(self) -> list[str]:
+        if not self.tunes_lm:
+            stage = self.parallel.zero_stage
+            unfit = stage in (1, 2) and self.parallel.layout == "stated"
+            return [f"parallel.zero_stage is {stage}; methods that leave the LM frozen need 0 or 3"] if unfit else []
+        if self.parallel.offload != "none":
+            return [
+                f"parallel.offload: {self.parallel.offload} is for frozen weights; methods that tune the LM need none"
+            ]
+        return []
+
+    @property
+    def tunes_lm(self) -> bool:
+        return any(METHODS[name].tunes_lm for name in self.methods)
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but the layout, logging and retention, which a resumed run may change."""

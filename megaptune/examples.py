@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megaptune.config import Config, Reading
 from megaptune.errors import DataError
-from megaptune.prompts.template import Kind, Template
+from megaptune.methods import METHODS, Method
+from megaptune.prompts.template import Kind, Template, without_pseudo_tokens
 from megaptune.prompts.tokens import TokenForms
 from megaptune.prompts.verbalizer import Verbalizer
 from megaptune.tasks.records import SPLITS, Record, Split, TaskData, sample
@@ -42,13 +43,21 @@ class EncodedTask:
 class PreparedTask:
     """Records whose answers are single tokens, encoded for each method, and each reading's candidate ids [C].
 
-    manual and tuned are None for a method that is not asked for; candidates are None for the whole vocabulary.
+    manual, tuned (the P-tuning template) and bare (the same without pseudo tokens) are None where no method wants
+    them; candidates are None for the whole vocabulary.
     """
 
     data: TaskData
     candidates: dict[Reading, Tensor | None]
     manual: EncodedTask | None
     tuned: EncodedTask | None
+    bare: EncodedTask | None = None
+
+    def encoded(self, method: Method) -> EncodedTask:
+        """What ``method`` reads."""
+        found = {"manual": self.manual, "template": self.tuned, "bare": self.bare}[method.prompt]
+        assert found is not None, "a method that the configuration names"
+        return found
 
     def num_candidates(self, reading: Reading, vocabulary_size: int) -> int:
         ids = self.candidates[reading]
@@ -85,7 +94,8 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         split: [record.answer in verbalizer.token_of for record in members] for split, members in data.splits.items()
     }
     data = data.keep("answer of several tokens", flags)
-    needed: tuple[Split, ...] = SPLITS if "ptuning" in config.methods else ("test",)
+    methods = [METHODS[name] for name in config.methods]
+    needed: tuple[Split, ...] = SPLITS if any(method.trains for method in methods) else ("test",)
     for split in needed:
         if not data.splits[split]:
             lost = (
@@ -107,18 +117,22 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
             },
         )
 
-    manual = tuned = None
-    if "manual" in config.methods:
+    prompts = {method.prompt for method in methods}
+    manual = tuned = bare = None
+    if "manual" in prompts:
         text = config.prompt.manual or data.manual_template
         assert text is not None, "the configuration's rules ask for a manual prompt"
-        manual = encode(text, ("test",))
+        trains = any(method.trains for method in methods if method.prompt == "manual")
+        manual = encode(text, SPLITS if trains else ("test",))
         if manual.template.num_pseudo_tokens:
             raise DataError(f"the manual prompt {text!r} has pseudo tokens; only a P-tuning template may")
-    if "ptuning" in config.methods:
+    if "template" in prompts:
         tuned = encode(config.prompt.template, SPLITS)
         if not tuned.template.num_pseudo_tokens:
             raise DataError(f"template {config.prompt.template!r} has no pseudo token: P-tuning has nothing to train")
-    return PreparedTask(data, _candidates(answers, data.word_list, verbalizer, forms), manual, tuned)
+    if "bare" in prompts:
+        bare = encode(without_pseudo_tokens(config.prompt.template), SPLITS)
+    return PreparedTask(data, _candidates(answers, data.word_list, verbalizer, forms), manual, tuned, bare)
 
 
 def _encode(

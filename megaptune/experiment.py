@@ -1,8 +1,11 @@
 """One run: every task with every method and seed, one after the other on one resident backbone.
 
-A job that has its result is not run again, so the same command continues an interrupted run.
+Methods that leave the LM frozen go first. Those that tune it follow on a backbone of their own, whose weights are the
+original ones again before each job. A job that has its result is not run again, so the same command continues an
+interrupted run.
 """
 
+import gc
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,13 +15,16 @@ import torch
 from megaptune.backbone import nvme
 from megaptune.backbone.fingerprint import rows_checksum
 from megaptune.backbone.host import BackboneHost
+from megaptune.backbone.tuned_host import TunedHost
 from megaptune.backbone.weight_files import verify_checksums
 from megaptune.config import Config, Reading
 from megaptune.errors import SetupError
 from megaptune.evaluation import Outcome, evaluate
 from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
 from megaptune.kernels import dispatch
+from megaptune.methods import METHODS, MethodName
 from megaptune.preparation import PreparedRun
+from megaptune.results.lm_folder import write_tuned_lm
 from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.table import ResultsTable
 from megaptune.run import roll_call
@@ -31,8 +37,11 @@ from megaptune.run.topology import Topology, agree, on_main
 from megaptune.scoring import Scorer
 from megaptune.trainer import Trainer
 
+Job = tuple[MethodName, int | None]
+"""A method and its seed."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Experiment:
     """What all jobs of a run share."""
 
@@ -62,8 +71,9 @@ class Experiment:
         on_main(topology, lambda: _check_files(prepared, directory))
         if config.parallel.offload_folder is not None:
             nvme.prepare(topology, config.parallel.offload_folder, backbone.num_bytes, monitor.say)
+        tuned = all(METHODS[name].tunes_lm for name in config.methods)
         roll_call.mark("reading the backbone")
-        host = BackboneHost(backbone, config.backbone.dtype, config.parallel, grid, topology.device)
+        host = _load(prepared, grid, topology, tuned)
         roll_call.mark("working towards the first step")
         on_main(topology, lambda: directory.remember_backbone(host.fingerprint, backbone.family))
         return cls(prepared, topology, directory, monitor, stop, host)
@@ -77,48 +87,66 @@ class Experiment:
         self.banner()
         for task in self.prepared.tasks:
             self.monitor.say(task.summary(self.host.vocabulary_size))
-            self.run_task(task)
+        for tuned in (False, True):
+            methods = [name for name in METHODS if name in self.config.methods and METHODS[name].tunes_lm == tuned]
+            pending = {task.data.name: self.pending(task, methods) for task in self.prepared.tasks}
+            if any(pending.values()) and self.host.trained != tuned:
+                self.change_host(tuned)
+            for task in self.prepared.tasks:
+                if methods and not pending[task.data.name]:
+                    place = self.directory.path / "jobs" / task.data.name
+                    self.monitor.say(f"{task.data.name}  {', '.join(methods)} done before: results are in {place}")
+                elif methods:
+                    self.run_task(task, pending[task.data.name])
         return ResultsTable.read(self.directory.path, self.config)
 
-    def run_task(self, task: PreparedTask) -> None:
-        name = task.data.name
-        jobs: list[tuple[str, int | None]] = [("manual", None)] if task.manual else []
-        jobs += [("ptuning", seed) for seed in self.config.run.seeds] if task.tuned else []
-        pending = agree([job for job in jobs if not (self.directory.job(name, *job) / "result.json").is_file()])
-        if not pending:
-            self.monitor.say(f"{name}  done before: its results are in {self.directory.path / 'jobs' / name}")
-            return
+    def pending(self, task: PreparedTask, methods: list[MethodName]) -> list[Job]:
+        """The jobs of a task that have no result yet."""
+        jobs: list[Job] = []
+        for name in methods:
+            jobs += [(name, seed) for seed in self.config.run.seeds] if METHODS[name].trains else [(name, None)]
+        return agree([job for job in jobs if not (self.directory.job(task.data.name, *job) / "result.json").is_file()])
+
+    def change_host(self, tuned: bool) -> None:
+        """Let go of the backbone before another is loaded."""
+        grid = self.host.grid
+        del self.host
+        gc.collect()
+        self.monitor.say("loading the backbone again, to be tuned" if tuned else "loading the backbone again, frozen")
+        self.host = _load(self.prepared, grid, self.topology, tuned)
+
+    def run_task(self, task: PreparedTask, jobs: list[Job]) -> None:
         readings = {*self.config.scoring.evaluate_over, self.config.scoring.train_over}
         scorers = {reading: Scorer(self.host, task.candidates[reading]) for reading in sorted(readings)}
-        for method, seed in pending:
-            if method == "manual":
-                self.run_manual(task, scorers)
+        for name, seed in jobs:
+            if seed is None:
+                self.run_zero_shot(task, scorers, name)
             else:
-                assert seed is not None
-                self.run_ptuning(task, scorers, seed)
+                self.run_training(task, scorers, name, seed)
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
-    def run_manual(self, task: PreparedTask, scorers: dict[Reading, Scorer]) -> None:
-        """Zero-shot: the manual prompt, nothing trained."""
-        assert task.manual is not None
-        self.monitor.rewind(f"{task.data.name}/manual", None, 0)
+    def run_zero_shot(self, task: PreparedTask, scorers: dict[Reading, Scorer], name: MethodName) -> None:
+        """The manual prompt, nothing trained."""
+        encoded = task.encoded(METHODS[name])
+        self.monitor.rewind(f"{task.data.name}/{name}", None, 0)
         nothing = torch.zeros(0, self.host.width, device=self.host.device)
-        outcomes = self.evaluate(task.manual.test, nothing, scorers)
-        if "ptuning" not in self.config.methods:
+        outcomes = self.evaluate(encoded.test, nothing, scorers)
+        if not any(METHODS[method].trains for method in self.config.methods):
             roll_call.mark("training")  # no step will come
-        self.finish(task, "manual", None, task.manual, outcomes, {})
+        self.finish(task, name, None, encoded, outcomes, {})
 
-    def run_ptuning(self, task: PreparedTask, scorers: dict[Reading, Scorer], seed: int) -> None:
-        assert task.tuned is not None
-        folder = self.directory.job(task.data.name, "ptuning", seed)
+    def run_training(self, task: PreparedTask, scorers: dict[Reading, Scorer], name: MethodName, seed: int) -> None:
+        """The prompt, the LM or both, as the method says."""
+        method, encoded = METHODS[name], task.encoded(METHODS[name])
+        folder = self.directory.job(task.data.name, name, seed)
         trainer = Trainer(
             self.config,
             seed,
             f"{task.data.name}/{folder.name}",
             self.host,
             self.topology,
-            task.tuned,
+            encoded,
             scorers,
             self.prepared.pad_id,
             self.monitor,
@@ -127,19 +155,23 @@ class Experiment:
         )
         trainer.fit()
         vectors = trainer.best_vectors()
-        outcomes = self.evaluate(task.tuned.test, vectors, scorers)
-        if self.topology.is_main:
+        outcomes = self.evaluate(encoded.test, vectors, scorers)
+        if method.trains_prompt and self.topology.is_main:
             about = {
-                "template": task.tuned.template.text,
+                "template": encoded.template.text,
                 "kind": self.host.kind,
                 "encoder": self.config.prompt.encoder,
                 "seed": seed,
                 "backbone": self.host.fingerprint.as_dict(),
+                "lm_tuned": method.tunes_lm,  # then the vectors belong to the tuned weights, not to the backbone's
             }
             write_prompt(folder / "prompt", vectors, trainer.best_weights, about)
+        if isinstance(self.host, TunedHost) and self.config.checkpoint.save_tuned_lm:
+            write_tuned_lm(self.host, self.topology, folder / "lm")
         selection = {"best_epoch": trainer.selection.best_epoch, "best_dev_p_at_1": trainer.selection.best}
-        steps = {"steps": trainer.prompt.step, "parameters": trainer.prompt.num_parameters}
-        self.finish(task, "ptuning", seed, task.tuned, outcomes, {**selection, **steps})
+        parameters = trainer.prompt.num_parameters + self.host.weights.num_trained
+        steps = {"steps": trainer.prompt.step, "parameters": parameters}
+        self.finish(task, name, seed, encoded, outcomes, {**selection, **steps})
         if self.topology.is_main:
             trainer.checkpoints.clear()
 
@@ -153,7 +185,7 @@ class Experiment:
     def finish(
         self,
         task: PreparedTask,
-        method: str,
+        method: MethodName,
         seed: int | None,
         encoded: EncodedTask,
         outcomes: dict[Reading, Outcome],
@@ -180,8 +212,10 @@ class Experiment:
         )
         self.monitor.text(job, "config", "```json\n" + self.config.model_dump_json(indent=2) + "\n```")
         settings = {"method": method, "task": data.name, "seed": -1 if seed is None else seed, "template": template}
-        tuned = {"encoder": self.config.prompt.encoder, "learning_rate": self.config.train.learning_rate}
-        self.monitor.hyperparameters(job, {**settings, **tuned}, {r: v["p_at_1"] for r, v in figures.items()})
+        train = self.config.train
+        rates = {"learning_rate": train.learning_rate, "lm_learning_rate": train.lm_learning_rate}
+        trained = {"encoder": self.config.prompt.encoder, **rates}
+        self.monitor.hyperparameters(job, {**settings, **trained}, {r: v["p_at_1"] for r, v in figures.items()})
         self.monitor.position()
         write_json(
             folder / "result.json",
@@ -223,7 +257,7 @@ class Experiment:
         kernels = ", ".join(f"{op} {how}" for op, how in dispatch.describe().items())
         self.monitor.say(
             f"backbone   {host.folder.name}: {host.family}, {host.kind}, {config.backbone.dtype}, "
-            f"{host.num_parameters:,} frozen parameters\n"
+            f"{host.num_parameters:,} {'tuned' if host.trained else 'frozen'} parameters\n"
             f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}) = {host.grid.replicas} "
             f"replicas x {host.grid.shards} tensor parallel, ZeRO {host.zero_stage}{extras}, {host.device.type}, "
             f"{torch.get_num_threads()} threads a rank\n"
@@ -233,6 +267,12 @@ class Experiment:
             f"kernels    {kernels}\n"
             f"run        {self.directory.path}"
         )
+
+
+def _load(prepared: PreparedRun, grid: ProcessGrid, topology: Topology, tuned: bool) -> BackboneHost:
+    config = prepared.config
+    common = prepared.backbone, config.backbone.dtype, config.parallel, grid, topology.device
+    return TunedHost(*common, config.train) if tuned else BackboneHost(*common)
 
 
 def _check_files(prepared: PreparedRun, directory: RunDirectory) -> None:

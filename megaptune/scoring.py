@@ -12,6 +12,8 @@ from torch import Tensor
 from megaptune.backbone.host import BackboneHost
 from megaptune.backbone.output_rows import OutputRows
 from megaptune.backbone.tensor_parallel import parallel_softmax
+from megaptune.backbone.tuned_host import TunedHost
+from megaptune.batches import Batch
 from megaptune.config import Reading
 from megaptune.kernels import dispatch
 
@@ -20,7 +22,7 @@ class Scorer:
     """Scores answers within one reading's candidates, whose rows of the output embedding may lie on several ranks."""
 
     def __init__(self, host: BackboneHost, candidates: Tensor | None) -> None:
-        self.grid = host.grid
+        self.host, self.grid = host, host.grid
         self.rows: OutputRows = host.output_rows(candidates)
         self.place: Tensor | None = None
         if self.rows.ids is not None:
@@ -29,12 +31,24 @@ class Scorer:
 
     def __call__(self, features: Tensor, answers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """features [B, D], answers [B] ids -> loss [B] fp32, rank [B] (0: a hit at 1), prediction [B] ids."""
-        labels = answers if self.place is None else self.place[answers]
+        labels = self._labels(answers)
         wanted = features.requires_grad and torch.is_grad_enabled()
         loss, rank, prediction, gradient = self._softmax(features.detach(), labels, wanted)
         if wanted:
             loss = _LossWithGradient.apply(features, loss, gradient)
         return loss, rank, prediction if self.rows.ids is None else self.rows.ids[prediction]
+
+    def losses(self, batch: Batch, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [B] fp32 and ranks [B] of a batch, differentiable in all that is trained."""
+        inputs = batch.slots, batch.attention_mask, batch.answer_positions, table
+        if isinstance(self.host, TunedHost):
+            return self.host.losses(*inputs, self._labels(batch.answers), self.rows)
+        loss, rank, _ = self(self.host.features(*inputs), batch.answers)
+        return loss, rank
+
+    def _labels(self, answers: Tensor) -> Tensor:
+        """Token ids as places among the candidates."""
+        return answers if self.place is None else self.place[answers]
 
     def _softmax(self, features: Tensor, labels: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The gradient d loss / d features [B, D] is computed at once: ZeRO 3 may let go of the rows right after."""

@@ -1,9 +1,9 @@
-"""P-tuning one prompt against a frozen backbone.
+"""P-tuning one prompt against a backbone, which is frozen or tuned with it; or tuning the backbone alone.
 
 A step: the encoder gives the table, its rows are spliced into the batch, the loss at the answers gives a gradient of
 the table, ranks sum that gradient, and each rank runs the encoder backward and steps. A global batch is cut into
 micro-batches before replicas take them, and their gradients are summed exactly, so the result does not depend on the
-number of replicas.
+number of replicas. The gradient of a tuned backbone's weights stays inside ``host.weights``, where DeepSpeed sums it.
 
 B examples, R table rows, D backbone width.
 """
@@ -23,13 +23,14 @@ from megaptune.config import Config, Reading
 from megaptune.errors import CheckpointError, DivergedError
 from megaptune.evaluation import Outcome, evaluate
 from megaptune.examples import EncodedTask, Example
-from megaptune.prompts.soft_prompt import SoftPrompt
+from megaptune.prompts.soft_prompt import NoPrompt, SoftPrompt
 from megaptune.run import roll_call
 from megaptune.run.checkpoint import CheckpointFolder, read_checkpoint
 from megaptune.run.exact_sum import sum_exactly
 from megaptune.run.monitor import Monitor, Pace, memory
 from megaptune.run.stopping import StopRequest
-from megaptune.run.topology import Topology, on_main
+from megaptune.run.topology import Topology, everywhere, on_main
+from megaptune.schedule import rate_factor
 from megaptune.scoring import Scorer
 
 
@@ -66,7 +67,7 @@ class StepSums:
 
 
 class Trainer:
-    """Trains the prompt of one job: one relation, one template, one seed."""
+    """Trains what one job trains: one relation, one template, one seed."""
 
     def __init__(
         self,
@@ -91,7 +92,9 @@ class Trainer:
         self.batches = EpochPlan(len(task.train), settings.global_batch, settings.drop_last, seed)
         self.total_steps = settings.epochs * self.batches.steps_per_epoch
         rows, per_epoch = task.template.num_pseudo_tokens, self.batches.steps_per_epoch
-        self.prompt = SoftPrompt(rows, host.width, config.prompt, settings, per_epoch, seed, host.device)
+        self.prompt: SoftPrompt | NoPrompt = NoPrompt(host.width, host.device)
+        if rows:
+            self.prompt = SoftPrompt(rows, host.width, config.prompt, settings, per_epoch, seed, host.device)
         self.selection = Selection(settings.patience)
         self.best_weights = self.prompt.weights()
         self.checkpoints = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
@@ -100,11 +103,13 @@ class Trainer:
         self.pace = Pace(self.total_steps, 0)
 
     def fit(self) -> None:
-        """Train to the last epoch or until dev stops gaining; the best epoch's prompt is then the prompt.
+        """Train to the last epoch or until dev stops gaining; the best epoch's weights are then the backbone's, and
+        :meth:`best_vectors` the prompt.
 
         :raises StoppedEarly: when a stop was asked for; state is saved.
         :raises DivergedError: when a loss or gradient is not finite; the last checkpoint stays.
         """
+        self.host.weights.begin()
         self.resume()
         self.monitor.begin(self.name, self.total_steps, self.prompt.step)
         try:
@@ -120,6 +125,7 @@ class Trainer:
                     self.stop.leave()
         finally:
             self.monitor.end()
+        self.host.weights.use_best()
 
     def train_step(self) -> StepSums:
         indices = self.batches.indices(self.prompt.step)
@@ -127,10 +133,16 @@ class Trainer:
         gradient, sums = self.gradient(indices, table.detach())
         if not math.isfinite(sums.loss) or not torch.isfinite(gradient).all():
             raise DivergedError(f"{self.name}: the loss or gradient of step {self.prompt.step + 1} is not finite")
-        rate = self.prompt.learning_rate()
-        norm = self.prompt.apply(table, gradient)
+        factor = rate_factor(self.config.train, self.prompt.step, self.batches.steps_per_epoch)
+        rates = {"learning_rate": self.prompt.learning_rate()} if self.prompt.num_parameters else {}
+        norms = {"encoder_gradient_norm": self.prompt.apply(table, gradient)}
+        if self.host.trained:
+            rates["lm_learning_rate"] = self.config.train.lm_learning_rate * factor
+            norms["lm_gradient_norm"] = self.host.weights.step(factor)
+            if not math.isfinite(norms["lm_gradient_norm"]):
+                raise DivergedError(f"{self.name}: the LM's gradient of step {self.prompt.step} is not finite")
         roll_call.mark("training")
-        self.report(sums, table, gradient, norm, rate)
+        self.report(sums, table, gradient, norms, rates)
         return sums
 
     def gradient(self, indices: list[int], table: Tensor) -> tuple[Tensor, StepSums]:
@@ -142,13 +154,11 @@ class Trainer:
         for piece in rounds(pieces, grid.replica, grid.replicas):
             members = [self.train[index] for index in piece]
             batch = collate(members, self.pad_id, self.host.kind == "masked", self.host.device, self.train[indices[0]])
-            features = self.host.features(batch.slots, batch.attention_mask, batch.answer_positions, leaf)
-            losses, ranks, _ = self.loss_over(features, batch.answers)
+            losses, ranks = self.loss_over.losses(batch, leaf)
             loss = (losses * batch.weights).sum()
             leaf.grad = None
-            (loss / len(indices)).backward()
-            assert leaf.grad is not None
-            gradients.append(leaf.grad)
+            self.host.weights.backward(loss / len(indices))
+            gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)  # None: a table of no rows
             hits = ((ranks == 0) * batch.weights).sum()
             tokens = sum(len(member.slots) for member in members)
             sums += torch.stack(
@@ -165,6 +175,7 @@ class Trainer:
         gained = self.selection.improves(epoch, figures.p_at_1)
         if gained:
             self.best_weights = self.prompt.weights()
+            self.host.weights.keep_best()
         self.monitor.record("dev", self.name, self.prompt.step, {"epoch": epoch, "reading": reading, **asdict(figures)})
         mark = " *" if gained else ""
         self.monitor.say(
@@ -182,7 +193,9 @@ class Trainer:
         """The rows [R, D] of the best dev epoch."""
         return self.prompt.vectors_of(self.best_weights)
 
-    def report(self, sums: StepSums, table: Tensor, gradient: Tensor, norm: float, rate: float) -> None:
+    def report(
+        self, sums: StepSums, table: Tensor, gradient: Tensor, norms: dict[str, float], rates: dict[str, float]
+    ) -> None:
         step, loss = self.prompt.step, sums.loss / sums.examples
         self.pace.mark(step, sums.examples, sums.tokens)
         if not self.monitor.speaks:
@@ -190,10 +203,10 @@ class Trainer:
         values = {
             "loss": loss,
             "p_at_1": sums.hits / sums.examples,
-            "learning_rate": rate,
+            **rates,
             "table_gradient_norm": float(gradient.norm()),
-            "encoder_gradient_norm": norm,
-            "prompt_norm": float(table.detach().norm(dim=-1).mean()),
+            **norms,
+            "prompt_norm": float(table.detach().norm(dim=-1).sum() / max(1, len(table))),
         }
         self.monitor.record("train", self.name, step, {**values, **self.pace.rates(), **memory()})
         line = f"loss {loss:.3f}  P@1 {100 * sums.hits / sums.examples:.0f}"
@@ -201,12 +214,13 @@ class Trainer:
         if step % self.config.monitor.log_every == 0 and not self.monitor.draws_progress:
             speed = self.pace.rates().get("examples_per_s")
             pace = f"  {speed:.1f} examples/s  left {self.pace.left()}" if speed else ""
-            self.monitor.say(f"{self.name}  step {step}/{self.total_steps}  {line}  lr {rate:.2e}{pace}")
+            shown = " ".join(f"{rate:.2e}" for rate in rates.values())
+            self.monitor.say(f"{self.name}  step {step}/{self.total_steps}  {line}  lr {shown}{pace}")
 
     # -- saving and resuming -------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        if not self.topology.is_main:
+        if not self.topology.is_main and not self.host.trained:
             return
         tensors = {**self.prompt.tensors(), **{f"best.{name}": weight for name, weight in self.best_weights.items()}}
         state = {
@@ -216,7 +230,11 @@ class Trainer:
             "backbone": self.host.fingerprint.as_dict(),
             "metrics_bytes": self.monitor.position(),
         }
-        self.checkpoints.save(self.prompt.step, tensors, state)
+        if self.host.trained:
+            write = self.host.weights.write
+            self.checkpoints.save_together(self.topology, write, self.prompt.step, tensors, state)
+        else:
+            self.checkpoints.save(self.prompt.step, tensors, state)
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one."""
@@ -224,7 +242,7 @@ class Trainer:
         if newest is None:
             self.monitor.rewind(self.name, None, 0)
             return
-        found = read_checkpoint(newest)
+        found = read_checkpoint(newest, check_pieces=False)  # rank 0 has checked them
         if found.state["data"] != self.digest:
             raise CheckpointError(
                 f"{found.folder}: the training records or their tokens changed since this checkpoint was saved; "
@@ -232,6 +250,9 @@ class Trainer:
             )
         self.host.fingerprint.require(found.state["backbone"], found.folder)
         self.load(found.tensors, found.state)
+        if self.host.trained:
+            everywhere(self.topology, lambda: self.host.weights.read(found.pieces, self.prompt.step))
+            self.host.weights.renew()
         self.monitor.rewind(self.name, found.state["metrics_bytes"], self.prompt.step)
         self.monitor.say(f"{self.name}  resumed at step {self.prompt.step} of {self.total_steps}")
 

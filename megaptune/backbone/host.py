@@ -19,8 +19,9 @@ from megaptune.backbone.fingerprint import Fingerprint, probe_ids, rows_checksum
 from megaptune.backbone.loading import DTYPES, load_divided
 from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
 from megaptune.backbone.tensor_parallel import splice
+from megaptune.backbone.weights import FrozenWeights, Weights
 from megaptune.backbone.whole_model import load_whole
-from megaptune.backbone.zero_config import frozen_backbone_config
+from megaptune.backbone.zero_config import frozen_backbone_config, zero_stage
 from megaptune.config import ParallelConfig
 from megaptune.errors import BackboneError
 from megaptune.kernels import dispatch
@@ -86,8 +87,14 @@ def _detach_readout(model: Any, head: nn.Module) -> nn.Module | None:
 
 
 class BackboneHost:
-    """The frozen model under DeepSpeed. ``kind``: causal or masked; ``num_parameters`` counts the whole model;
-    ``fingerprint`` is what a prompt trained on it remembers of it."""
+    """The model under DeepSpeed. ``kind``: causal or masked; ``num_parameters`` counts the whole model;
+    ``fingerprint`` is what a prompt trained on it remembers of it.
+
+    ``weights`` is how a trainer sees what may or may not be trained of it; here nothing is.
+    """
+
+    trained = False
+    weights: Weights = FrozenWeights()
 
     def __init__(
         self,
@@ -98,16 +105,18 @@ class BackboneHost:
         device: torch.device,
     ) -> None:
         self.folder, self.family, self.kind = description.folder, description.family, description.kind
-        self.dtype, self.device, self.grid, self.zero_stage = dtype, device, grid, parallel.zero_stage
-        self.parallel = parallel
+        self.dtype, self.device, self.grid, self.parallel = dtype, device, grid, parallel
         if grid.shards > 1:
             divisible(self.family)
         largest = -(-description.largest_tensor // grid.replicas)
-        config = frozen_backbone_config(parallel, dtype, largest, pinned=device.type == "cuda")
+        config = self.deepspeed_config(largest)
+        self.zero_stage = zero_stage(config)
         probe = None
         if self.family in FAMILIES:
             zero_init = _zero_init(config, grid, DTYPES[dtype]) if self.zero_stage == 3 else None
-            model, self.load_report = load_divided(self.folder, self.kind, dtype, grid, device, zero_init)
+            model, self.load_report = load_divided(
+                self.folder, self.kind, dtype, grid, device, zero_init, trainable=self.trained
+            )
         else:
             model, self.load_report, probe = load_whole(self.folder, self.kind, dtype, device)
         self.num_parameters = self.load_report.num_parameters
@@ -115,16 +124,27 @@ class BackboneHost:
         if parallel.activation_checkpointing:
             checkpoint_activations(model, self.family)
         first_id, _ = vocabulary_range(self.vocabulary_size, grid.shard, grid.shards)
-        self.module = PromptedBackbone(model, grid, first_id).eval().requires_grad_(False)
+        self.module = self.take_apart(model, first_id).eval()
         if self.zero_stage == 0:
             _group_gradients(self.module)
         roll_call.mark("handing the backbone to DeepSpeed")
-        self.engine = _host(self.module, config, grid)
-        self.output = OutputEmbedding(self.module.head, self.vocabulary_size, description.unused_ids, grid)
+        self.engine = self.start_engine(config)
+        self.output = OutputEmbedding(
+            self.module.head, self.vocabulary_size, description.unused_ids, grid, frozen=not self.trained
+        )
         if probe is not None:
             self._check_probe(*probe)
         rows = agree(rows_checksum(self.folder) if grid.replica == grid.shard == 0 else None)
         self.fingerprint = Fingerprint(rows, probe_scores(self), dtype)
+
+    def deepspeed_config(self, largest_share: int) -> dict[str, Any]:
+        return frozen_backbone_config(self.parallel, self.dtype, largest_share, pinned=self.device.type == "cuda")
+
+    def take_apart(self, model: Any, first_id: int) -> PromptedBackbone:
+        return PromptedBackbone(model, self.grid, first_id).requires_grad_(False)
+
+    def start_engine(self, config: dict[str, Any]) -> Any:
+        return start_engine(self.module, config, self.grid)
 
     def features(self, slots: Tensor, attention_mask: Tensor | None, answer_positions: Tensor, table: Tensor) -> Tensor:
         """Features [B, D] that score the answers; differentiable in ``table`` [R, D] (fp32) only."""
@@ -229,7 +249,8 @@ def _mpu(grid: ProcessGrid) -> ProcessGrid | None:
     return grid if grid.shards > 1 else None
 
 
-def _host(module: nn.Module, config: dict[str, Any], grid: ProcessGrid) -> Any:
+def start_engine(module: nn.Module, config: dict[str, Any], grid: ProcessGrid, optimizer: Any = None) -> Any:
+    """DeepSpeed around a loaded module; with torch's ``optimizer`` over its parameters it trains them."""
     import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -239,7 +260,7 @@ def _host(module: nn.Module, config: dict[str, Any], grid: ProcessGrid) -> Any:
     DeepSpeedEngine._broadcast_model = lambda engine: None
     _forget_releases_with_their_trace()
     try:
-        engine, *_ = deepspeed.initialize(model=module, config=config, mpu=_mpu(grid))
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=_mpu(grid))
     finally:
         DeepSpeedEngine._broadcast_model = broadcast
     return engine

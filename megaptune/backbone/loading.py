@@ -106,6 +106,7 @@ def load_divided(
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding_shape = tuple(model.get_input_embeddings().weight.shape)
     plan = shard_plan(model, config, grid.shard, grid.shards)
+    model.shard_plan, model.whole_shapes = plan, {name: tuple(p.shape) for name, p in model.named_parameters()}
     divide(model, config, plan, grid)
     bytes_read = 0
     largest = max(parameter.numel() for parameter in model.parameters()) if zero_init is not None else 0

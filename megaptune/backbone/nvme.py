@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from megaptune.errors import SetupError, first_line
-from megaptune.run.topology import Topology
+from megaptune.run.topology import Topology, everywhere
 
 _STALE_S = 1800
 
@@ -22,20 +20,13 @@ def prepare(topology: Topology, folder: Path, num_bytes: int, announce: Callable
 
     :param num_bytes: of all weights; a host keeps the share of its ranks.
     """
-    error: SetupError | None = None
-    if topology.local_rank == 0:
-        try:
+
+    def work() -> None:
+        if topology.local_rank == 0:
             check_folder(folder, num_bytes * topology.local_world_size // topology.world_size)
             build_ops(announce)
-        except SetupError as failure:
-            error = failure
-    errors = [error]
-    if topology.world_size > 1:
-        errors = [None] * topology.world_size
-        torch.distributed.all_gather_object(errors, error)
-    for rank, found in enumerate(errors):
-        if found is not None:
-            raise SetupError(f"rank {rank}: {found}" if topology.world_size > 1 else str(found))
+
+    everywhere(topology, work)
 
 
 def check_folder(folder: Path, needed_bytes: int) -> None:

@@ -18,9 +18,13 @@ class OutputEmbedding:
     """Weight [V, D] and bias [V] of the output embedding, of which a tensor-parallel rank holds consecutive rows.
 
     :param unused: ranges of ids that are no tokens (filler rows of a converted checkpoint); they are never an answer.
+    :param frozen: False where training changes the rows, so that none may be copied for later.
     """
 
-    def __init__(self, head: Any, vocabulary_size: int, unused: list[list[int]], grid: ProcessGrid) -> None:
+    def __init__(
+        self, head: Any, vocabulary_size: int, unused: list[list[int]], grid: ProcessGrid, frozen: bool = True
+    ) -> None:
+        self.frozen = frozen
         self.parameter, self.bias_parameter = head.weight, getattr(head, "bias", None)
         self.vocabulary_size, self.grid = vocabulary_size, grid
         self.first, self.stop = vocabulary_range(vocabulary_size, grid.shard, grid.shards)
@@ -35,12 +39,20 @@ class OutputEmbedding:
     def bias(self) -> Tensor | None:
         """This rank's biases, with unused ids put out of the running."""
         bias = None if self.bias_parameter is None else whole_parameter(self.bias_parameter, self.grid).clone()
-        for start, stop in self.unused:
-            if start < stop:
-                if bias is None:
-                    bias = torch.zeros(self.stop - self.first, device=self.parameter.device)
-                bias[start:stop] = _NEVER
-        return bias
+        penalty = self.unused_penalty()
+        if bias is None or penalty is None:
+            return penalty if bias is None else bias
+        return torch.where(penalty < 0, penalty.to(bias.dtype), bias)
+
+    def unused_penalty(self) -> Tensor | None:
+        """What puts unused ids out of the running when added to scores; None where all are tokens."""
+        ranges = [(start, stop) for start, stop in self.unused if start < stop]
+        if not ranges:
+            return None
+        penalty = torch.zeros(self.stop - self.first, device=self.parameter.device)
+        for start, stop in ranges:
+            penalty[start:stop] = _NEVER
+        return penalty
 
     def rows(self, ids: Tensor | None = None) -> "OutputRows":
         """The rows of the candidates ``ids`` [C]; of the whole vocabulary for None."""
@@ -48,28 +60,37 @@ class OutputEmbedding:
 
 
 class OutputRows:
-    """Candidates' rows on this rank. ids [C] on the device, or None for the whole vocabulary; index [c]: which of them.
+    """Candidates' rows on this rank. ids [C] on the device, or None for the whole vocabulary; index [c]: which of them
+    are here; local [c]: the rows of this rank's part that they are, None for all.
 
-    The rows of a set of candidates are copied once; those of the whole vocabulary are read where they lie.
+    Frozen rows of a set of candidates are copied once; all others are read where they lie.
     """
 
     def __init__(self, embedding: OutputEmbedding, ids: Tensor | None) -> None:
         self.embedding, device = embedding, embedding.parameter.device
         first, stop = embedding.first, embedding.stop
-        self.bias = embedding.bias()
-        if ids is None:
-            self.ids, self.copied, self.index = None, None, torch.arange(first, stop, device=device)
-            return
-        self.ids = ids.to(device)
-        self.index = ((self.ids >= first) & (self.ids < stop)).nonzero().squeeze(1)
-        mine = self.ids[self.index] - first
-        self.copied = embedding.weight()[mine].clone()
-        self.bias = None if self.bias is None else self.bias[mine]
+        self.ids, self.local = None, None
+        self.index = torch.arange(first, stop, device=device)
+        if ids is not None:
+            self.ids = ids.to(device)
+            self.index = ((self.ids >= first) & (self.ids < stop)).nonzero().squeeze(1)
+            self.local = self.ids[self.index] - first
+        frozen = embedding.frozen
+        self._weight = self._pick(embedding.weight()).clone() if frozen and self.local is not None else None
+        self._bias = self._pick(embedding.bias()) if frozen else None
 
     @property
     def weight(self) -> Tensor:
-        """[c, D], frozen."""
-        return self.embedding.weight() if self.copied is None else self.copied
+        """[c, D], without a gradient."""
+        return self._pick(self.embedding.weight()) if self._weight is None else self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[c] or None, without a gradient."""
+        return self._bias if self.embedding.frozen else self._pick(self.embedding.bias())
+
+    def _pick(self, rows: Any) -> Any:
+        return rows if self.local is None or rows is None else rows[self.local]
 
 
 def whole_parameter(parameter: nn.Parameter, grid: ProcessGrid) -> Tensor:

@@ -18,7 +18,7 @@ from megaptune.backbone.architectures import FAMILIES, Shard, blocks_of
 from megaptune.kernels import dispatch
 from megaptune.run.grid import ProcessGrid
 
-_UPCAST_ROWS = 4096  # candidate rows held in fp32 at a time
+UPCAST_ROWS = 4096  # candidate rows held in fp32 at a time
 
 
 class _SumGradients(torch.autograd.Function):
@@ -47,6 +47,8 @@ class _SumOutputs(torch.autograd.Function):
 
 
 def _all_reduce(x: Tensor, group: Any, op: Any = torch.distributed.ReduceOp.SUM) -> Tensor:
+    if group is None:  # nobody to talk to
+        return x
     total = x.clone(memory_format=torch.contiguous_format)
     if not total.is_meta:  # shapes alone, when memory is planned
         torch.distributed.all_reduce(total, op=op, group=group)
@@ -151,12 +153,17 @@ class _LookUp(torch.autograd.Function):
         return None, rows, None, None
 
 
+def look_up(slots: Tensor, rows: Tensor, first: int, group: Any) -> Tensor:
+    """The rows of ids >= 0 [B, T, D], zeros elsewhere; differentiable in ``rows``, of which a rank may hold a part."""
+    return _LookUp.apply(slots, rows, first, group)
+
+
 def splice(slots: Tensor, rows: Tensor, first: int, table: Tensor, scale: float, group: Any) -> Tensor:
     """As ``dispatch.prompt_splice``, over a vocabulary of which this rank holds ``rows`` [.., D] from id ``first`` on.
 
     slots [B, T], table [R, D] fp32 -> embeds [B, T, D], the same on every rank of the group.
     """
-    words = _LookUp.apply(slots, rows, first, group).flatten(0, 1)
+    words = look_up(slots, rows, first, group).flatten(0, 1)
     places = torch.arange(slots.numel(), device=slots.device).view_as(slots)
     return dispatch.prompt_splice(torch.where(slots < 0, slots, places), words, table, scale)
 
@@ -174,11 +181,22 @@ def parallel_softmax(
     Returns loss [B] fp32, rank [B] and prediction [B] as ``dispatch.verbalizer_softmax`` does, and d loss / d features
     [B, D], the same on every rank of the group.
     """
-    ops = torch.distributed.ReduceOp
-    wide, blocks = features.float(), rows.split(_UPCAST_ROWS)  # a split of no rows is one empty block
+    wide, blocks = features.float(), rows.split(UPCAST_ROWS)  # a split of no rows is one empty block
     logits = torch.cat([wide @ block.float().T for block in blocks], dim=1)  # [B, c]
     if bias is not None:
         logits = logits + bias.float()
+    loss, rank, prediction, slope = divided_softmax(logits, index, labels, group)
+    parts = slope.split(UPCAST_ROWS, dim=1)
+    gradient = sum((part @ block.float() for part, block in zip(parts, blocks, strict=True)), wide.new_zeros(()))
+    return loss, rank, prediction, _all_reduce(gradient, group).to(features.dtype)
+
+
+def divided_softmax(logits: Tensor, index: Tensor, labels: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy from logits [B, c] fp32 of this rank's candidates, which stand at the places ``index`` [c].
+
+    Returns loss [B], rank [B], prediction [B] (a place), and this rank's part of d loss / d logits [B, c].
+    """
+    ops = torch.distributed.ReduceOp
     floor = torch.finfo(torch.float32).min
     padded = torch.cat([logits, logits.new_full((len(logits), 1), floor)], dim=1)  # a rank may hold no candidate
     top = padded.amax(dim=1)
@@ -195,7 +213,5 @@ def parallel_softmax(
     place = torch.where((logits == best[:, None]) | logits.isnan(), index, nowhere)
     place = torch.cat([place, place.new_full((len(place), 1), nowhere)], dim=1).amin(dim=1)
     prediction = _all_reduce(place, group, ops.MIN)
-    probabilities = exponentials / total[:, None] - is_label.float()
-    parts = probabilities.split(_UPCAST_ROWS, dim=1)
-    gradient = sum((part @ block.float() for part, block in zip(parts, blocks, strict=True)), wide.new_zeros(()))
-    return loss, _all_reduce(beaten_by, group), prediction, _all_reduce(gradient, group).to(features.dtype)
+    slope = exponentials / total[:, None] - is_label.float()
+    return loss, _all_reduce(beaten_by, group), prediction, slope

@@ -87,7 +87,9 @@ def layouts(shapes: Shapes, work: Workload, machines: Machines, parallel: Parall
     within = machines.world_size if parallel.across_nodes else machines.ranks_per_node
     known = shapes.family in FAMILIES
     sizes = [size for size in range(1, within + 1) if within % size == 0 and machines.world_size % size == 0]
-    offloads = ["none"] + ["cpu"] * (machines.device == "cuda") + ["nvme"] * (parallel.offload_folder is not None)
+    offloads = ["none"]
+    if not work.tuned:  # offload is for weights that nobody writes to
+        offloads += ["cpu"] * (machines.device == "cuda") + ["nvme"] * (parallel.offload_folder is not None)
     for offload in offloads:
         for stage in (3,) if offload != "none" else (1, 2, 3) if work.tuned else (0, 3):
             for checkpointing in (False, True) if known else (False,):

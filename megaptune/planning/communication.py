@@ -16,16 +16,17 @@ STEP_FIGURES = 5  # loss, hits, examples, tokens, and the flag: fp64, gathered w
 
 @dataclass(frozen=True)
 class Communication:
-    """tensor_parallel, zero_3, table: bytes sent by a rank in a step; host_link: copied to the device (offload)."""
+    """tensor_parallel, zero_3, table, tuned_lm: bytes that a rank sends in a step; host_link: copied to the device."""
 
     tensor_parallel: float
     zero_3: float
     table: float
     host_link: float
+    tuned_lm: float = 0.0
 
     @property
     def sent_bytes(self) -> float:
-        return self.tensor_parallel + self.zero_3 + self.table
+        return self.tensor_parallel + self.zero_3 + self.table + self.tuned_lm
 
     @property
     def moved_bytes(self) -> float:
@@ -51,6 +52,7 @@ def communication_of(shapes: Shapes, work: Workload, layout: Layout) -> Communic
         zero_3=rounds * _zero_3(tensors, passes, layout) if layout.zero_stage == 3 else 0.0,
         table=_table(shapes, work, layout.world_size),
         host_link=rounds * passes * share if layout.offload != "none" else 0.0,
+        tuned_lm=_tuned_lm(tensors, layout) if work.tuned else 0.0,
     )
 
 
@@ -83,3 +85,9 @@ def _table(shapes: Shapes, work: Workload, world_size: int) -> float:
     """The gradient of the prompt table as int32, as many bytes as fp32; before it the figures and row scales."""
     figures = world_size * (STEP_FIGURES + work.prompt_rows) * 8
     return reduced(work.prompt_rows * shapes.width * 4, world_size) + gathered(figures, world_size)
+
+
+def _tuned_lm(tensors: tuple[Tensor, ...], layout: Layout) -> float:
+    """Gradients to the replica that steps them, once a step, and below stage 3 the stepped weights back to all."""
+    size = sum(tensor.elements * tensor.itemsize for tensor in tensors)
+    return gathered(size if layout.zero_stage == 3 else 2 * size, layout.replicas)

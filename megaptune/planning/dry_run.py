@@ -13,6 +13,7 @@ from megaptune.batches import EpochPlan, micro_batches, rounds
 from megaptune.config import Config
 from megaptune.config_files import unset_variable
 from megaptune.errors import BackboneError, ConfigError
+from megaptune.methods import METHODS
 from megaptune.planning.choice import candidate
 from megaptune.planning.layout import Layout, Machines, gibibytes
 from megaptune.planning.memory import weight_bytes
@@ -65,7 +66,7 @@ def dry_run(config: Config, machines: Machines, monitor: Monitor, check_memory: 
     steps = sum(plan.steps_per_epoch for plan in plans)
     monitor.say(
         f"tasks      {len(tasks)}, {sum(len(task.train) for task in tasks):,} training records; "
-        f"{len(trained) * len(config.run.seeds)} P-tuning jobs, {steps:,} steps an epoch over all tasks; "
+        f"{len(trained) * len(config.run.seeds)} training jobs a method, {steps:,} steps an epoch over all tasks; "
         f"lengths: {work.basis}"
     )
     if trained:
@@ -102,7 +103,11 @@ def _tasks(config: Config, source: Source, shapes: Shapes, monitor: Monitor) -> 
 
 
 def _encoded(run: PreparedRun) -> list[Lengths]:
-    return [Lengths(t.data.name, [len(e.slots) for e in t.tuned.train] if t.tuned else []) for t in run.tasks]
+    training = [METHODS[name] for name in run.config.methods if METHODS[name].trains]
+    return [
+        Lengths(task.data.name, [len(e.slots) for e in task.encoded(training[0]).train] if training else [])
+        for task in run.tasks
+    ]
 
 
 def shard_table(shapes: Shapes, layout: Layout) -> Table:

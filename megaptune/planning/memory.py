@@ -9,7 +9,7 @@ B examples, T tokens, C candidates, D backbone width, V vocabulary.
 from dataclasses import dataclass
 from typing import Literal
 
-from megaptune.backbone.zero_config import PREFETCHED_ELEMENTS, REUSE_ELEMENTS
+from megaptune.backbone.zero_config import PREFETCHED_ELEMENTS, REUSE_ELEMENTS, tuned_stage
 from megaptune.planning.layout import Layout, Machines
 from megaptune.planning.workload import Shapes, Tensor, Workload, encoder_elements, largest_module
 
@@ -59,9 +59,9 @@ def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines
     trains = sum(training.values()) >= sum(evaluating.values())
     peak: Literal["training", "evaluation"] = "training" if trains else "evaluation"
     fuller = training if trains else evaluating
-    device = {**_weights(shapes, layout, machines, tensors), **fuller, **_prompt(shapes, work)}
+    device = {**_weights(shapes, work, layout, machines, tensors), **fuller, **_prompt(shapes, work)}
     if work.tuned:
-        device |= _tuning(tensors, work, layout)
+        device |= _tuning(shapes, tensors, work, layout)
     device["fixed overhead"] = PROCESS_BYTES if machines.device == "cpu" else CUDA_OVERHEAD_BYTES
     host = _offloaded(shapes, layout, tensors)
     if machines.device == "cpu":
@@ -70,11 +70,14 @@ def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines
     return Memory(device, {**host, "best prompt": best, "process": PROCESS_BYTES}, peak)
 
 
-def _weights(shapes: Shapes, layout: Layout, machines: Machines, tensors: tuple[Tensor, ...]) -> dict[str, int]:
+def _weights(
+    shapes: Shapes, work: Workload, layout: Layout, machines: Machines, tensors: tuple[Tensor, ...]
+) -> dict[str, int]:
     held = weight_bytes(tensors, layout) if layout.offload == "none" else 0
     if layout.offload == "nvme":
         held = shapes.output_rows_bytes(layout.tensor_parallel)  # scoring keeps the output embedding
-    if machines.device == "cpu" and layout.zero_stage == 0 and layout.tensor_parallel == 1 and shapes.mapped:
+    mapped = shapes.mapped and layout.tensor_parallel == 1 and not work.tuned
+    if machines.device == "cpu" and layout.zero_stage == 0 and mapped:
         held = -(-held // machines.ranks_per_node)  # views of the files, which the ranks of a host share
     return {"weights": held, "buffers": shapes.buffer_bytes}
 
@@ -133,19 +136,14 @@ def _prompt(shapes: Shapes, work: Workload) -> dict[str, int]:
     return {"prompt encoder": 2 * size, "prompt optimizer": moments + 2 * size}
 
 
-def _tuning(tensors: tuple[Tensor, ...], work: Workload, layout: Layout) -> dict[str, int]:
-    """A tuned LM: gradients, and in fp32 a master copy and the moments; ZeRO divides them by stage."""
+def _tuning(shapes: Shapes, tensors: tuple[Tensor, ...], work: Workload, layout: Layout) -> dict[str, int]:
+    """A tuned LM: fp32 gradients, a master copy and the moments; divided over the replicas by ZeRO's stage."""
     elements = sum(tensor.elements for tensor in tensors)
-    itemsize = tensors[0].itemsize
-    part = -(-elements // layout.replicas)
-    gradients = part if layout.zero_stage >= 2 else elements
-    bucket = min(elements, REDUCE_BUCKET_ELEMENTS) if layout.zero_stage else 0
-    states = part if layout.zero_stage else elements
-    moments = 8 if work.optimizer == "adam" else 0
-    return {
-        "LM gradients": (gradients + bucket) * itemsize,
-        "LM optimizer": states * (moments + (4 if itemsize < 4 or layout.zero_stage else 0)),
-    }
+    part, stage = -(-elements // layout.replicas), tuned_stage(layout.zero_stage, shapes.dtype)
+    bucket = min(elements, REDUCE_BUCKET_ELEMENTS) * shapes.itemsize
+    moments = 2 if work.optimizer == "adam" else 0
+    gradients = 4 * (part if stage >= 2 else elements)
+    return {"LM gradients": gradients + bucket, "LM optimizer": 4 * (1 + moments) * part}
 
 
 def _offloaded(shapes: Shapes, layout: Layout, tensors: tuple[Tensor, ...]) -> dict[str, int]:

@@ -18,6 +18,7 @@ _KINDS = {
     "tensor_parallel": "tensor-parallel sums",
     "zero_3": "weights fetched from replicas",
     "table": "gradient of the prompt table",
+    "tuned_lm": "gradients and weights of the tuned LM",
     "host_link": "weights copied from host or disk",
 }
 

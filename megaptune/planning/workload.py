@@ -13,6 +13,7 @@ from megaptune.backbone.architectures import FAMILIES, shard_plan
 from megaptune.backbone.description import Kind, read_config
 from megaptune.backbone.loading import build_on_meta
 from megaptune.config import Config, Reading
+from megaptune.methods import METHODS
 from megaptune.planning.activations import Activations, trace
 from megaptune.preparation import PreparedRun
 from megaptune.prompts.encoder import build_encoder
@@ -54,7 +55,12 @@ class Workload:
     @classmethod
     def prepared(cls, run: PreparedRun) -> "Workload":
         """From a run's own data, its longest inputs and largest candidate sets."""
-        tasks = [task for prepared in run.tasks for task in (prepared.tuned, prepared.manual) if task is not None]
+        tasks = [
+            task
+            for prepared in run.tasks
+            for task in (prepared.tuned, prepared.manual, prepared.bare)
+            if task is not None
+        ]
         train = [len(example.slots) for task in tasks for example in task.train]
         other = [len(example.slots) for task in tasks for example in (*task.dev, *task.test)]
         counts: dict[Reading, int | None] = {"vocabulary": None}
@@ -78,11 +84,11 @@ class Workload:
             evaluation_batch=config.evaluation.batch,
             evaluation_tokens=evaluated,
             prompt_rows=rows,
-            encoder=config.prompt.encoder if any("ptuning" in method for method in config.methods) else "none",
+            encoder=config.prompt.encoder if any(METHODS[name].trains_prompt for name in config.methods) else "none",
             optimizer=train.optimizer,
             train_over=config.scoring.train_over,
             candidates={reading: count for reading, count in counts.items() if reading in wanted},
-            tuned=any("finetune" in method for method in config.methods),
+            tuned=config.tunes_lm,
             basis=basis,
         )
 

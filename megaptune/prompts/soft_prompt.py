@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megaptune.config import PromptConfig, TrainConfig
 from megaptune.prompts.encoder import build_encoder
+from megaptune.schedule import adam_or_sgd, rate_factor
 
 
 @contextlib.contextmanager
@@ -41,8 +42,9 @@ class SoftPrompt:
         self.seed = seed
         self.encoder = build_encoder(prompt.encoder, rows, width, prompt.dropout, seed).to(device)
         self.stochastic = prompt.encoder == "lstm" and prompt.dropout > 0
-        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[train.optimizer]
-        self.optimizer = optimizer(self.encoder.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay)
+        self.optimizer = adam_or_sgd(train)(
+            self.encoder.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
+        )
         self.step = 0
 
     @property
@@ -86,16 +88,7 @@ class SoftPrompt:
 
     def learning_rate(self) -> float:
         """The rate of the coming step."""
-        train, step = self.train, self.step
-        if step < train.warmup_steps:
-            return train.learning_rate * (step + 1) / train.warmup_steps
-        if train.schedule == "exponential":
-            return train.learning_rate * train.decay_per_epoch ** (step // self.steps_per_epoch)
-        if train.schedule == "linear":
-            total = train.epochs * self.steps_per_epoch
-            left = (total - step) / max(1, total - train.warmup_steps)
-            return train.learning_rate * max(train.final_fraction, left)
-        return train.learning_rate
+        return self.train.learning_rate * rate_factor(self.train, self.step, self.steps_per_epoch)
 
     def tensors(self) -> dict[str, Tensor]:
         """Encoder weights and optimizer moments, by name, for a checkpoint."""
@@ -135,6 +128,39 @@ class SoftPrompt:
         rows = self.vectors()
         self.encoder.load_state_dict(current)
         return rows
+
+
+class NoPrompt:
+    """A table without rows, for methods that splice nothing in; it counts the steps."""
+
+    num_parameters = 0
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.rows = torch.zeros(0, width, device=device)
+        self.step = 0
+
+    def table(self) -> Tensor:
+        return self.rows
+
+    vectors = table
+
+    def apply(self, table: Tensor, gradient: Tensor) -> float:
+        self.step += 1
+        return 0.0
+
+    def learning_rate(self) -> float:
+        return 0.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    weights = tensors
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        self.step = step
+
+    def vectors_of(self, weights: dict[str, Tensor]) -> Tensor:
+        return self.rows
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -100,6 +100,14 @@ class Template:
         return EncodedPrompt(slots, answer_position)
 
 
+def without_pseudo_tokens(text: str) -> str:
+    """A template's text with its pseudo tokens taken out: what plain fine-tuning reads.
+
+    "[P*3] {city} [P*3] [answer]" becomes "{city} [answer]".
+    """
+    return re.sub(r"\s+", " ", re.sub(r"\[P(?:\*\d+)?\]", "", text)).strip()
+
+
 def _parse(text: str) -> list[Part]:
     parts: list[Part] = []
     words: list[tuple[Literal["words", "field"], str]] = []

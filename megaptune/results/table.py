@@ -1,4 +1,4 @@
-"""The table at the end of a run: manual prompt against P-tuning, per relation, micro and macro, with its baselines.
+"""The table at the end of a run: a column per method, per relation, micro and macro, with its baselines.
 
 Built from the jobs' result files, so it can be made again at any time, also of an unfinished run.
 """
@@ -7,12 +7,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
 
 from megaptune.config import Config, Reading
+from megaptune.methods import METHODS, MethodName
 from megaptune.run.files import read_json, write_json, write_whole
 
 
@@ -46,11 +47,18 @@ class Row:
     reading: Reading
     candidates: int | None
     test_count: int
-    manual: Spread | None
-    ptuning: Spread | None
+    scores: dict[MethodName, Spread]
     majority: float
     unseen: float
     in_subject: float
+
+    @property
+    def manual(self) -> Spread | None:
+        return self.scores.get("manual")
+
+    @property
+    def ptuning(self) -> Spread | None:
+        return self.scores.get("ptuning")
 
     @property
     def gain(self) -> float | None:
@@ -58,23 +66,24 @@ class Row:
 
 
 class ResultsTable:
-    """P@1 in per cent. Macro: mean over relations; micro: mean over test records."""
-
-    columns = (
-        "relation",
-        "reading",
-        "candidates",
-        "test",
-        "majority",
-        "manual",
-        "P-tuning",
-        "gain",
-        "unseen",
-        "in subject",
-    )
+    """P@1 in per cent. Macro: mean over relations; micro: mean over test records. Gain: of P-tuning over manual."""
 
     def __init__(self, results: list[dict[str, Any]], readings: list[Reading], seeds: list[int]) -> None:
         self.results, self.readings = results, readings
+        there = {"manual", "ptuning", *(result["method"] for result in results)}
+        self.methods = [name for name in METHODS if name in there]
+        labels = [METHODS[name].label for name in self.methods]
+        self.columns = [
+            "relation",
+            "reading",
+            "candidates",
+            "test",
+            "majority",
+            *labels,
+            "gain",
+            "unseen",
+            "in subject",
+        ]
         tasks = list(dict.fromkeys(result["task"] for result in results))
         self.rows = [self._row(task, reading, seeds) for task in tasks for reading in readings]
         if len(tasks) > 1:
@@ -94,14 +103,13 @@ class ResultsTable:
         any_job = next(result for result in self.results if result["task"] == task)
         by_method = {
             method: Spread.of([job["test"][reading]["p_at_1"] for job in self._jobs(task, method)])
-            for method in ("manual", "ptuning")
+            for method in self.methods
         }
+        scores = {method: spread for method, spread in by_method.items() if spread is not None}
         base = any_job["baselines"]
         shares = base["majority"], base["unseen"], base["in_subject"]
         count = any_job["counts"]["test"]
-        return Row(
-            task, reading, any_job["candidates"][reading], count, by_method["manual"], by_method["ptuning"], *shares
-        )
+        return Row(task, reading, any_job["candidates"][reading], count, scores, *shares)
 
     def _average(self, kind: str, reading: Reading, tasks: list[str], seeds: list[int]) -> Row:
         """Averaged over relations per seed first, so that the deviation is that of the average."""
@@ -111,19 +119,26 @@ class ResultsTable:
         def average(values: list[float]) -> float:
             return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
 
-        manual = [row.manual.mean for row in rows if row.manual]
-        per_seed = []
-        for seed in seeds:
-            scores = {job["task"]: job["test"][reading]["p_at_1"] for job in self.results if job["seed"] == seed}
-            if len(scores) == len(tasks):
-                per_seed.append(average([scores[task] for task in tasks]))
+        scores: dict[MethodName, Spread] = {}
+        for method in self.methods:
+            per_seed = []
+            for seed in seeds if METHODS[method].trains else [None]:
+                found = {
+                    job["task"]: job["test"][reading]["p_at_1"]
+                    for job in self.results
+                    if job["method"] == method and job["seed"] == seed
+                }
+                if len(found) == len(tasks):
+                    per_seed.append(average([found[task] for task in tasks]))
+            spread = Spread.of(per_seed)
+            if spread is not None:
+                scores[method] = spread
         return Row(
             f"{kind} average of {len(tasks)}",
             reading,
             None,
             sum(row.test_count for row in rows),
-            Spread.of([average(manual)]) if len(manual) == len(tasks) else None,
-            Spread.of(per_seed),
+            scores,
             average([row.majority for row in rows]),
             average([row.unseen for row in rows]),
             average([row.in_subject for row in rows]),
@@ -136,19 +151,23 @@ class ResultsTable:
             "" if row.candidates is None else str(row.candidates),
             str(row.test_count),
             f"{100 * row.majority:.1f}",
-            str(row.manual or ""),
-            str(row.ptuning or ""),
+            *(str(row.scores.get(method, "")) for method in self.methods),
             "" if row.gain is None else f"{100 * row.gain:+.1f}",
             f"{100 * row.unseen:.1f}",
             f"{100 * row.in_subject:.1f}",
         ]
 
     def console(self) -> Table:
-        table = Table(title="test P@1, per cent", box=box.SIMPLE_HEAD)
-        for index, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+        """With more than two methods a line has no room for the last two baselines; results.md has them."""
+        crowded = len(self.methods) > 2
+        padding = (0, 0, 0, 1) if crowded else (0, 1)
+        table = Table(title="test P@1, per cent", box=box.SIMPLE_HEAD, padding=padding)
+        shown = len(self.columns) - (2 if crowded else 0)
+        for index, name in enumerate(self.columns[:shown]):
+            justify: Literal["left", "right"] = "left" if index < 2 else "right"
+            table.add_column(name.replace(" + ", "\n+ "), justify=justify, no_wrap=True)
         for row in self.rows:
-            table.add_row(*self._cells(row))
+            table.add_row(*self._cells(row)[:shown])
         return table
 
     def markdown(self) -> str:
@@ -158,7 +177,8 @@ class ResultsTable:
             "Test P@1 in per cent, mean ± sample deviation over seeds, at the epoch that was best on dev. *answers*: "
             "only the relation's own answers compete; *word_list*: the task's word list; *vocabulary*: every token. "
             "*majority*: always the commonest training answer. *unseen*: test answers that no training record has. "
-            "*in subject*: test answers that stand inside the subject."
+            "*in subject*: test answers that stand inside the subject. *FT*: the LM itself is tuned. *gain*: of "
+            "P-tuning over manual."
         )
         return "\n".join([*lines, "", notes, ""])
 
@@ -169,8 +189,7 @@ class ResultsTable:
                 "reading": row.reading,
                 "candidates": row.candidates,
                 "test": row.test_count,
-                "manual": row.manual and row.manual.as_json(),
-                "ptuning": row.ptuning and row.ptuning.as_json(),
+                **{name: row.scores[name].as_json() if name in row.scores else None for name in self.methods},
                 "gain": row.gain,
                 "majority": row.majority,
                 "unseen": row.unseen,

@@ -1,7 +1,8 @@
 """Saving a prompt in training: a folder of one safetensors file and a JSON manifest with its SHA-256.
 
 A checkpoint is written beside its place and renamed, so a folder that exists was whole; the checksum finds damage that
-came later. It holds nothing of the backbone and knows nothing of ranks or ZeRO stages. No pickle.
+came later. It holds nothing of a frozen backbone; of a tuned one, a file of every rank, which any layout of ranks can
+read. No pickle.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from torch import Tensor
 from megaptune.backbone.weight_files import file_checksum
 from megaptune.errors import CheckpointError, first_line
 from megaptune.run.files import flush, read_json, write_json
+from megaptune.run.topology import Topology, everywhere, on_main
 
 FORMAT = 1
 _TENSORS = "tensors.safetensors"
@@ -27,22 +29,62 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors by name; state: the JSON part (cursor, early stopping, history)."""
+    """tensors by name; state: the JSON part (cursor, early stopping, history); pieces: of a tuned LM, a file a rank."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     folder: Path
+    pieces: list[Path]
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write ``folder`` whole, replacing an older one of that name."""
+    _commit(_begin(folder), folder, tensors, state, {})
+
+
+def write_checkpoint_together(
+    topology: Topology,
+    folder: Path,
+    write_piece: Callable[[Path], str],
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+) -> None:
+    """The same with a file from every rank; all ranks call this, and rank 0's tensors and state count.
+
+    :param write_piece: writes this rank's file and returns its SHA-256.
+    """
+    part = on_main(topology, lambda: _begin(folder))
+
+    def mine() -> tuple[str, str]:
+        if not part.is_dir():
+            raise CheckpointError(
+                f"rank {topology.rank} does not see {part.parent}, which rank 0 made: to tune the LM on several nodes, "
+                "run.directory must lie on a file system that they share"
+            )
+        name = f"lm-rank-{topology.rank:05d}.safetensors"
+        return name, write_piece(part / name)
+
+    checksums = dict(everywhere(topology, mine))
+    on_main(topology, lambda: _commit(part, folder, tensors, state, checksums))
+
+
+def _begin(folder: Path) -> Path:
     part = folder.with_name(f".{folder.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"could not write the checkpoint {folder}: {first_line(error)}") from error
+    return part
+
+
+def _commit(
+    part: Path, folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], pieces: dict[str, str]
+) -> None:
+    try:
         save_file(tensors, part / _TENSORS)
         flush(part / _TENSORS)
-        checksums = {_TENSORS: file_checksum(part / _TENSORS), "state": _state_checksum(state)}
+        checksums = {_TENSORS: file_checksum(part / _TENSORS), "state": _state_checksum(state), **pieces}
         manifest = {"format": FORMAT, "sha256": checksums, "state": state}
         write_json(part / _MANIFEST, manifest)
         flush(part)
@@ -58,14 +100,15 @@ def _state_checksum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, check_pieces: bool = True) -> Checkpoint:
     """:raises CheckpointError: naming the file that is missing or damaged."""
     try:
         manifest = read_json(folder / _MANIFEST)
         checksums, state, version = manifest["sha256"], manifest["state"], manifest["format"]
-        expected = checksums[_TENSORS]
-        whole = checksums["state"] == _state_checksum(state)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        whole = checksums.pop("state") == _state_checksum(state)
+        files = {folder / name: str(sum_) for name, sum_ in checksums.items()}
+        expected = files.pop(folder / _TENSORS)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / _MANIFEST}: missing or damaged ({type(error).__name__})") from None
     if version != FORMAT:
         raise CheckpointError(f"{folder}: format {version}, this version reads format {FORMAT}")
@@ -73,9 +116,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder / _MANIFEST}: its state does not match its SHA-256")
     file = folder / _TENSORS
     try:
-        if file_checksum(file) != expected:
-            raise CheckpointError(f"{file}: its bytes do not match the manifest's SHA-256")
-        return Checkpoint(load_file(file), state, folder)
+        for file, checksum in {folder / _TENSORS: expected, **(files if check_pieces else {})}.items():
+            if file_checksum(file) != checksum:
+                raise CheckpointError(f"{file}: its bytes do not match the manifest's SHA-256")
+        return Checkpoint(load_file(folder / _TENSORS), state, folder, sorted(files))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: missing or damaged ({error})") from None
 
@@ -87,12 +131,31 @@ class CheckpointFolder:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        target = self.folder / f"step-{step:08d}"
+        target = self._of(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(target, tensors, state)
+        self._prune()
+        return target
+
+    def save_together(
+        self,
+        topology: Topology,
+        write_piece: Callable[[Path], str],
+        step: int,
+        tensors: dict[str, Tensor],
+        state: dict[str, Any],
+    ) -> None:
+        """With a file from every rank; all ranks call this."""
+        write_checkpoint_together(topology, self._of(step), write_piece, tensors, state)
+        if topology.is_main:
+            self._prune()
+
+    def _of(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _prune(self) -> None:
         for old in self._steps()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
-        return target
 
     def newest(self, warn: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that is whole; ``warn`` hears of each damaged one that is passed over.

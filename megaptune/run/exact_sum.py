@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from megaptune.run import roll_call
+
 _BITS = 30  # of the 31 that an int32 has beside its sign; one is left for rounding
 
 
@@ -40,7 +42,7 @@ def sum_exactly(
     if contributes:
         for piece in pieces:
             total += (piece.double() * scale).round().to(torch.int32)
-    if _several_ranks():
+    if _several_ranks() and total.numel():
         torch.distributed.all_reduce(total)
     return (total.double() / scale).float(), sums
 
@@ -49,6 +51,7 @@ def _gather(mine: Tensor) -> Tensor:
     """Every rank's vector, one a row."""
     if not _several_ranks():
         return mine[None]
+    roll_call.arrive()
     flat = mine.new_empty(torch.distributed.get_world_size() * len(mine))
     torch.distributed.all_gather_into_tensor(flat, mine)
     return flat.view(-1, len(mine))

@@ -101,7 +101,8 @@ def connect(launch: LaunchConfig | None = None) -> Topology:
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // topology.local_world_size))
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated")  # DeepSpeed's ZeRO-3, each step
+    # DeepSpeed's ZeRO calls both at each step.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*deprecated")
     if torch.cuda.is_available():
         torch.cuda.set_device(topology.local_rank)
     call = roll_call.join(
@@ -304,6 +305,20 @@ def on_main(topology: Topology, work: Callable[[], T]) -> T:
     if error is not None:
         raise error.shared()
     return cast(T, result)
+
+
+def everywhere(topology: Topology, work: Callable[[], T]) -> list[T]:
+    """Let every rank do ``work`` and have all results by rank, or the error of the first rank that met one."""
+    mine: tuple[T | None, MegaptuneError | None]
+    try:
+        mine = work(), None
+    except MegaptuneError as failure:
+        mine = None, failure
+    found = gather(mine)
+    for _, error in found:
+        if error is not None:
+            raise error.shared()
+    return [cast(T, result) for result, _ in found]
 
 
 def disconnect() -> None:

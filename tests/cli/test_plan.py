@@ -120,7 +120,7 @@ def test_a_dry_run_of_11b_over_32_ranks(lama):
     assert "1,380,191,232" in shown  # elements of each rank
     assert "24 to 31" in shown  # the last replica
     assert "estimated: no tokenizer here" in shown
-    assert "2 P-tuning jobs, 6 steps an epoch" in shown  # 20 records in batches of 8, twice
+    assert "2 training jobs a method, 6 steps an epoch" in shown  # 20 records in batches of 8, twice
 
 
 def test_a_dry_run_counts_real_tokens_where_there_is_a_tokenizer(config_file, tiny, tmp_path):

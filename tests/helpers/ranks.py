@@ -31,7 +31,9 @@ def run_ranks(count: int, work: Callable[..., Any], *arguments: Any, timeout_s: 
 
     :raises RankFailed: as soon as one rank fails; the others are killed then, so nothing hangs.
     """
-    import deepspeed  # noqa: F401  paid once, in the parent; it imports triton, so not before tests/kernels/conftest.py
+    # Paid once, in the parent; they import triton, so not before tests/kernels/conftest.py.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  what initialize imports for an optimizer: seconds
+    import torch._dynamo  # noqa: F401
     import transformers  # noqa: F401
 
     context = multiprocessing.get_context("fork")

@@ -21,9 +21,9 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run) if line["kind"] == "train"]
 
 
-def prompt(run: Path, task: str = "cities", seed: int = 0) -> dict[str, Tensor]:
+def prompt(run: Path, task: str = "cities", seed: int = 0, method: str = "ptuning") -> dict[str, Tensor]:
     """The trained prompt: vectors and encoder weights."""
-    return load_file(run / "jobs" / task / f"ptuning-seed{seed}" / "prompt" / "tensors.safetensors")
+    return load_file(run / "jobs" / task / f"{method}-seed{seed}" / "prompt" / "tensors.safetensors")
 
 
 def result(run: Path, job: str) -> dict[str, Any]:

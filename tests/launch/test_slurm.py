@@ -44,11 +44,12 @@ def test_a_job_on_two_nodes_gives_the_losses_of_one_process(cluster, config, one
         cluster,
         tmp_path / "job.out",
         *("--nodes=2", "--ntasks-per-node=2", "launchers/slurm.sbatch"),
-        *("--config", str(config), "--set", f"run.directory={run}", "--set", "parallel.zero_stage=3"),
+        *("--config", str(config), "--set", f"run.directory={run}"),
+        *("--set", "parallel.zero_stage=3", "--set", "parallel.tensor_parallel=2"),
     )
     assert code == 0, said
     assert_finished_with_losses_of(run, one_rank, said)
-    assert "4 ranks (slurm), ZeRO 3" in said
+    assert "4 ranks (slurm) = 2 replicas x 2 tensor parallel, ZeRO 3" in said
     assert "on n[1-2], start 0" in said
 
 

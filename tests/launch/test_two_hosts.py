@@ -8,8 +8,8 @@ import pytest
 from emulated_hosts import Host, emulated_hosts, missing, start_sshd
 from launching import assert_finished_with_losses_of, environment
 
-LAYOUT = ("parallel.zero_stage=3",)
-"""Two ranks on each host, sharded like this."""
+LAYOUT = ("parallel.tensor_parallel=2", "parallel.zero_stage=3")
+"""Two ranks on each host: a tensor-parallel group on each, ZeRO's shares across them."""
 
 ABSENT = [
     program
@@ -55,7 +55,7 @@ def test_pdsh(cluster, config, one_rank, tmp_path):
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert_finished_with_losses_of(tmp_path / "run", one_rank, output)
-    assert "4 ranks (torch), ZeRO 3" in output
+    assert "4 ranks (torch) = 2 replicas x 2 tensor parallel, ZeRO 3" in output
     assert "worker-1" not in output or "n2" in output
 
 
@@ -72,7 +72,7 @@ def test_openmpi_through_hostfile_sh(cluster, config, one_rank, tmp_path):
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert_finished_with_losses_of(tmp_path / "run", one_rank, output)
-    assert "4 ranks (openmpi), ZeRO 3" in output
+    assert "4 ranks (openmpi) = 2 replicas x 2 tensor parallel, ZeRO 3" in output
 
 
 def test_what_a_host_does_not_see_is_named_on_one_rank_and_all_leave(cluster, config, tiny, tmp_path):
@@ -85,7 +85,7 @@ def test_what_a_host_does_not_see_is_named_on_one_rank_and_all_leave(cluster, co
     try:
         done = hosts[0].run(
             *("deepspeed", "--hostfile", str(hostfile), "--num_nodes", "2", "--num_gpus", "1", "megaptune/train.py"),
-            *training(config, runs / "run", *LAYOUT),
+            *training(config, runs / "run", "parallel.zero_stage=3"),
             **settings,
         )
     finally:

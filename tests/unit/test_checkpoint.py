@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, found damaged before they are used, and one damaged one is not the end."""
 
+import hashlib
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 
 from megaptune.errors import CheckpointError
-from megaptune.run.checkpoint import CheckpointFolder, read_checkpoint, write_checkpoint
+from megaptune.run import checkpoint
+from megaptune.run.checkpoint import (
+    CheckpointFolder,
+    read_checkpoint,
+    write_checkpoint,
+    write_checkpoint_together,
+)
+from megaptune.run.topology import Topology
 
 STATE = {"step": 16, "selection": {"best": 0.5, "best_epoch": 2}, "word": "Málaga"}
 
@@ -152,6 +160,52 @@ def test_full_disk_is_told_and_leaves_the_older_one(tmp_path: Path):
     with small_disk(), pytest.raises(CheckpointError, match="could not write the checkpoint"):
         write_checkpoint(tmp_path / "one", {"big": torch.zeros(10_000)}, STATE)
     assert read_checkpoint(tmp_path / "one").state == STATE
+
+
+# -- with a file from every rank (here: from one) --------------------------------------------------------------------
+
+
+def write_together(folder: Path, data: bytes = b"weights") -> Path:
+    def write_piece(file: Path) -> str:
+        file.write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
+
+    write_checkpoint_together(Topology(), folder, write_piece, tensors(), STATE)
+    return folder / "lm-rank-00000.safetensors"
+
+
+def test_pieces_are_listed_and_checked(tmp_path: Path):
+    piece = write_together(tmp_path / "one")
+    assert read_checkpoint(tmp_path / "one").pieces == [piece]
+    flip_bit(piece, 3)
+    with pytest.raises(CheckpointError, match=r"lm-rank-00000\.safetensors: its bytes do not match"):
+        read_checkpoint(tmp_path / "one")
+    piece.unlink()
+    with pytest.raises(CheckpointError, match=r"lm-rank-00000\.safetensors: missing or damaged"):
+        read_checkpoint(tmp_path / "one")
+
+
+def test_a_piece_that_cannot_be_written_leaves_the_older_checkpoint(tmp_path: Path):
+    def failing(file: Path) -> str:
+        raise CheckpointError(f"could not write {file}: no space left on device")
+
+    write_together(tmp_path / "one")
+    with pytest.raises(CheckpointError, match="no space left"):
+        write_checkpoint_together(Topology(), tmp_path / "one", failing, tensors(), {"step": 17})
+    assert read_checkpoint(tmp_path / "one").state == STATE
+
+
+def test_a_rank_that_does_not_see_the_folder_asks_for_a_shared_file_system(tmp_path: Path, monkeypatch):
+    begin = checkpoint._begin
+
+    def elsewhere(folder: Path) -> Path:
+        part = begin(folder)
+        part.rmdir()
+        return part
+
+    monkeypatch.setattr(checkpoint, "_begin", elsewhere)
+    with pytest.raises(CheckpointError, match="file system that they share"):
+        write_together(tmp_path / "one")
 
 
 # -- the checkpoints of a job ----------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from megaptune.config import Config, load_config, validate
 from megaptune.errors import ConfigError
+from megaptune.methods import METHODS, MethodName
 
 MINIMAL: dict[str, Any] = {
     "backbone": {"path": "backbone"},
@@ -182,6 +183,32 @@ def test_missing_task_type_is_named():
 )
 def test_keys_that_do_not_fit_together_are_refused(sections: dict[str, Any], told: str):
     assert told in problems(with_keys(**sections))
+
+
+def test_methods_that_train_need_training_files_and_manual_ones_a_manual_prompt():
+    raw = with_keys(task={"dev": None}, prompt={"manual": None}, methods=["manual+finetune"])
+    assert "method manual+finetune needs task.dev" in problems(raw)
+    assert "method manual+finetune needs prompt.manual" in problems(raw)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_are_for_a_tuned_lm(stage: int):
+    assert "leave the LM frozen need 0 or 3" in problems(with_keys(parallel={"zero_stage": stage}))
+    validate(with_keys(parallel={"zero_stage": stage}, methods=["ptuning", "finetune"]), "config.yaml")
+
+
+def test_offload_is_for_frozen_weights():
+    raw = with_keys(parallel={"zero_stage": 3, "offload": "cpu"}, methods=["finetune"])
+    assert "parallel.offload: cpu is for frozen weights" in problems(raw)
+
+
+def test_lm_has_a_learning_rate_of_its_own():
+    """The released code's for LAMA."""
+    assert validate(MINIMAL, "config.yaml").train.lm_learning_rate == 5e-6
+
+
+def test_every_method_is_described():
+    assert list(METHODS) == list(get_args(MethodName))
 
 
 def test_manual_method_alone_needs_no_training_files():

@@ -9,6 +9,7 @@ from tiny import COUNTRIES, UNKNOWN_WORD
 from megaptune.config import Config, validate
 from megaptune.errors import DataError
 from megaptune.examples import PreparedTask, baselines, prepare_task
+from megaptune.methods import METHODS
 from megaptune.prompts.tokens import TokenForms
 from megaptune.tasks.records import Record, Split, TaskData
 
@@ -75,6 +76,18 @@ def test_manual_prompt_is_only_encoded_for_test(gpt2: TokenForms):
     task = prepare(data(), gpt2)
     assert task.manual is not None
     assert (len(task.manual.train), len(task.manual.dev), len(task.manual.test)) == (0, 0, 2)
+
+
+def test_methods_that_tune_the_lm_read_all_splits_of_their_prompts(gpt2: TokenForms):
+    """Plain fine-tuning reads the P-tuning template without its pseudo tokens."""
+    task = prepare(data(), gpt2, methods=["manual+finetune", "finetune"])
+    assert task.manual is not None
+    assert task.bare is not None
+    assert task.tuned is None
+    assert (len(task.manual.train), len(task.manual.dev), len(task.manual.test)) == (3, 1, 2)
+    assert gpt2.tokenizer.decode(task.bare.train[0].slots) == "Paris"
+    assert task.encoded(METHODS["manual+finetune"]) is task.manual
+    assert task.encoded(METHODS["finetune"]) is task.bare
 
 
 @pytest.mark.parametrize(("methods", "manual", "tuned"), [(["manual"], True, False), (["ptuning"], False, True)])

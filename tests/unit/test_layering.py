@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megaptune"
 LAYERS = """
 __init__
 errors
-config_files            config
+config_files            methods  config  schedule
 run                     run.files  run.roll_call  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
 backbone.description
@@ -24,7 +24,8 @@ backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
 backbone.embedded       backbone.zero_config
 run.preflight
 kernels                 backbone.fingerprint  backbone.tensor_parallel  backbone.loading  backbone.whole_model
-backbone.output_rows    backbone.nvme  backbone.host
+backbone.output_rows    backbone.nvme  backbone.weights  backbone.host
+backbone.weight_pieces  backbone.tuned_weights  backbone.tuned_host
 run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom
 prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.soft_prompt
@@ -32,7 +33,7 @@ examples                batches  scoring  evaluation  trainer  preparation
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
-results                 results.prompt_folder  results.table
+results                 results.prompt_folder  results.lm_folder  results.table
 experiment              session
 cli                     train  __main__
 """

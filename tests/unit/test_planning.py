@@ -112,6 +112,9 @@ def test_a_tuned_lm_needs_gradients_and_moments(small):
     machines = Machines(1, 2, 2**34)
     one = memory_of(small, tuned, Layout(1, 2, 1), machines).device
     three = memory_of(small, tuned, Layout(1, 2, 3), machines).device
+    assert {c.layout.zero_stage for c in weigh(small, tuned, machines, ParallelConfig())} == {1, 2, 3}
+    size = 4 * elements
+    assert communication_of(small, tuned, Layout(1, 2, 1)).tuned_lm == size  # half of it out, half of it back
     assert one["LM optimizer"] == pytest.approx(12 * elements / 2, rel=0.01)  # fp32 copy and two moments, halved
     assert one["LM gradients"] >= 4 * elements
     assert three["LM gradients"] < one["LM gradients"]

@@ -1,5 +1,6 @@
 """The table at the end of a run, against averages worked by hand."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -114,11 +115,41 @@ def test_spread_of_one_seed_has_no_deviation_in_json():
 
 
 def test_markdown_has_a_line_per_row():
-    lines = ResultsTable(RESULTS, ["vocabulary"], [0, 1]).markdown().splitlines()
+    table = ResultsTable(RESULTS, ["vocabulary"], [0, 1])
+    lines = table.markdown().splitlines()
     assert lines[0].startswith("| relation | reading |")
     assert lines[2] == "| P17 | vocabulary | 100 | 100 | 10.0 | 20.0 | 55.0 ± 7.1 | +35.0 | 20.0 | 0.0 |"
     widths = {line.count("|") for line in lines[:6]}
-    assert widths == {len(ResultsTable.columns) + 1}
+    assert widths == {len(table.columns) + 1}
+
+
+def test_methods_that_tune_the_lm_have_columns_of_their_own():
+    """Each averages over its own jobs: a seed's other methods do not count."""
+    tuned = [result(task, "manual+finetune", seed, 0.8, 100) for task in ("P17", "P103") for seed in (0, 1)]
+    table = ResultsTable([*RESULTS, *tuned, result("P17", "finetune", 0, 0.3, 100)], ["vocabulary"], [0, 1])
+    assert table.columns[5:10] == ["manual", "FT", "manual + FT", "P-tuning", "gain"]
+    by_name = {row.name: row for row in table.rows}
+    assert str(by_name["P17"].scores["finetune"]) == "30.0"
+    macro = by_name["macro average of 2"]
+    assert macro.scores["manual+finetune"].mean == pytest.approx(0.8)
+    assert macro.scores["ptuning"].mean == pytest.approx(0.625)
+    assert "finetune" not in macro.scores  # P103 has none
+
+
+def test_console_shows_all_methods_whole_on_a_line():
+    from rich.console import Console
+
+    tuned = [
+        result(task, method, seed, 0.5 + 0.1 * seed, 100)
+        for task in ("P17", "P103")
+        for method in ("finetune", "manual+finetune", "ptuning+finetune")
+        for seed in (0, 1)
+    ]
+    console = Console(width=132, record=True, file=io.StringIO())
+    console.print(ResultsTable([*RESULTS, *tuned], ["answers", "vocabulary"], [0, 1]).console())
+    shown = console.export_text()
+    assert "…" not in shown
+    assert "55.0 ± 7.1" in shown
 
 
 @pytest.fixture

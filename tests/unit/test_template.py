@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megaptune.errors import DataError
-from megaptune.prompts.template import EncodedPrompt, Template
+from megaptune.prompts.template import EncodedPrompt, Template, without_pseudo_tokens
 from megaptune.prompts.tokens import TokenForms
 from megaptune.tasks.records import Record
 
@@ -190,3 +190,15 @@ def test_braces_and_tags_inside_a_field_are_plain_text(gpt2: TokenForms):
 def test_every_occurrence_of_a_field_is_filled(bert: TokenForms):
     slots = Template("{city} , {city} [answer]", "masked").encode(RECORD, bert).slots
     assert slots == ids(bert, "[CLS] Paris , Paris [MASK] [SEP]")
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        ("[P*3] {city} [P*3] [answer]", "{city} [answer]"),
+        ("[P]{city}[P] lies in[P*12] [answer] .", "{city} lies in [answer] ."),
+        ("{city} is in [answer]", "{city} is in [answer]"),
+    ],
+)
+def test_template_without_its_pseudo_tokens(text: str, bare: str):
+    assert without_pseudo_tokens(text) == bare
