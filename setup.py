@@ -22,6 +22,7 @@ setup(
         "megaptune.backbone",
         "megaptune.backbone.convert",
         "megaptune.kernels",
+        "megaptune.planning",
         "megaptune.prompts",
         "megaptune.results",
         "megaptune.run",

@@ -1,5 +1,6 @@
-"""The command line: ``megaptune train|check|preflight|report|convert|checksum|env``."""
+"""The command line: ``megaptune train|plan|check|preflight|report|convert|checksum|env``."""
 
+import gc
 import os
 import sys
 import time
@@ -43,13 +44,47 @@ def train(
     config: ConfigOption,
     overrides: SetOption = None,
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+    dry: Annotated[bool, typer.Option("--dry-run", help="check everything but devices and weights, and leave")] = False,
+    world_size: Annotated[int | None, typer.Option(help="--dry-run: number of ranks (default: the launcher's)")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(help="--dry-run: ranks of a node (default: all)")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="--dry-run: a rank's device memory, such as 80GiB")] = None,
 ) -> None:
     """Train and evaluate what the configuration asks for; run again to continue."""
 
     def work() -> None:
+        if dry:
+            from megaptune.planning.session import run_dry
+
+            return run_dry(_load(config, overrides, unset_paths=True), world_size, ranks_per_node, gpu_memory)
         from megaptune.session import run_training
 
         run_training(_load(config, overrides))
+
+    _exit_with(work)
+
+
+@app.command()
+def plan(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="ranks of a node (default: this machine's)")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="such as 80GiB (default: this machine's)")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="of a node, for offload, such as 1000GiB")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="length of the longest input (default: assumed)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
+) -> None:
+    """Bytes per rank, traffic per step and the layout to take, from shapes alone."""
+
+    def work() -> None:
+        gc.disable()  # a short command, a seventh of which would go into looking for garbage among imports
+        try:
+            from megaptune.planning.session import print_plan
+
+            settings = _load(config, overrides, unset_paths=True)
+            print_plan(settings, nodes, gpus_per_node, gpu_memory, host_memory, tokens, as_json)
+        finally:
+            gc.enable()
 
     _exit_with(work)
 
@@ -193,10 +228,10 @@ def env() -> None:
         typer.echo(f"{name:14} {value}")
 
 
-def _load(path: Path, overrides: list[str] | None) -> Config:
+def _load(path: Path, overrides: list[str] | None, unset_paths: bool = False) -> Config:
     from megaptune.backbone.embedded import is_embedded
 
-    return load_config(path, overrides, is_embedded)
+    return load_config(path, overrides, is_embedded, unset_paths)
 
 
 def _exit_with(work: Callable[[], None]) -> None:

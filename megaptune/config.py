@@ -30,6 +30,9 @@ class RunConfig(Section):
 
 class BackboneConfig(Section):
     path: str = Field(description="folder with config.json, tokenizer and safetensors; or smollm2-135m (embedded)")
+    architecture: Path | None = Field(
+        None, description="folder with a config.json, for planning where `path` does not exist; a run ignores it"
+    )
     kind: Literal["auto", "causal", "masked"] = Field("auto", description="auto: from the folder's `architectures`")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the frozen weights; prompts are always fp32")
     verify: bool = Field(True, description="compare weight files with their recorded SHA-256, where one is recorded")
@@ -133,6 +136,7 @@ class ParallelConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="keep one activation a block and compute the others again in backward"
     )
+    check_memory: bool = Field(True, description="refuse a layout that cannot fit, before weights are read")
 
     @model_validator(mode="before")
     @classmethod
@@ -255,23 +259,35 @@ class Config(Section):
         exempt = {"run", "parallel", "checkpoint", "monitor", "kernels", "launch", "evaluation"}
         kept = self.model_dump(mode="json", exclude=exempt)
         kept["run"] = {"seeds": self.run.seeds}
+        kept["backbone"].pop("architecture")
         kept["evaluation"] = {"every_epochs": self.evaluation.every_epochs}
         return kept
 
 
-INPUT_PATHS = ("backbone.path", "task.root", "task.word_list", "task.train", "task.dev", "task.test")
+INPUT_PATHS = (
+    "backbone.path",
+    "backbone.architecture",
+    "task.root",
+    "task.word_list",
+    "task.train",
+    "task.dev",
+    "task.test",
+)
 """The keys whose relative values are resolved against the file that states them."""
 
 
-def load_config(path: Path, overrides: list[str] | None = None, is_embedded: Any = None) -> Config:
+def load_config(
+    path: Path, overrides: list[str] | None = None, is_embedded: Any = None, unset_paths: bool = False
+) -> Config:
     """Read, layer and validate a configuration file.
 
     :param overrides: ``a.b=value`` strings; the value is read as YAML.
     :param is_embedded: says of a ``backbone.path`` whether it names an embedded backbone and so is no path.
+    :param unset_paths: leave an input path as it is written where it names a variable that is not set.
     :raises ConfigError: with every problem found, and the nearest valid key for an unknown one.
     """
     keep = is_embedded or (lambda value: False)
-    resolve = config_files.PathResolver(INPUT_PATHS, keep)
+    resolve = config_files.PathResolver(INPUT_PATHS, keep, unset_paths)
     raw = config_files.read_layers(path, resolve)
     for override in overrides or []:
         config_files.apply_override(raw, override, resolve)

@@ -47,25 +47,30 @@ def _parse_yaml(text: str, source: str) -> Any:
 class PathResolver:
     """Turns relative input paths into absolute ones, given the folder they are relative to."""
 
-    def __init__(self, keys: tuple[str, ...], keep: Callable[[str], bool]) -> None:
-        self.keys, self.keep = keys, keep
+    def __init__(self, keys: tuple[str, ...], keep: Callable[[str], bool], unset: bool = False) -> None:
+        self.keys, self.keep, self.unset = keys, keep, unset
 
     def __call__(self, raw: dict[str, Any], base: Path) -> None:
         for key in self.keys:
             section, name = key.split(".")
             holder = raw.get(section)
             value = holder.get(name) if isinstance(holder, dict) else None
-            if isinstance(value, str) and not self.keep(value):
+            if isinstance(value, str) and not self.keep(value) and not (self.unset and unset_variable(value)):
                 assert isinstance(holder, dict)
                 holder[name] = str((base / _expand(value, key)).resolve())
 
 
 def _expand(value: str, key: str) -> str:
-    expanded = os.path.expanduser(os.path.expandvars(value))
-    unset = re.search(r"\$\{?(\w+)\}?", expanded)
+    unset = unset_variable(value)
     if unset:
-        raise ConfigError(f"{key}: {value!r} uses the environment variable {unset[1]}, which is not set")
-    return expanded
+        raise ConfigError(f"{key}: {value!r} uses the environment variable {unset}, which is not set")
+    return os.path.expanduser(os.path.expandvars(value))
+
+
+def unset_variable(value: str) -> str | None:
+    """The first environment variable in a path that is not set."""
+    unset = re.search(r"\$\{?(\w+)\}?", os.path.expandvars(value))
+    return unset[1] if unset else None
 
 
 def read_layers(path: Path, resolve: PathResolver, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

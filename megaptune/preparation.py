@@ -38,9 +38,15 @@ def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
     folder = embedded_folder(monitor.say) if is_embedded(path) else Path(path)
     backbone = describe_backbone(folder, config.backbone.kind)
     tokenizer = load_tokenizer(folder)
+    return PreparedRun(config, backbone, tokenizer, encode_tasks(config, tasks, tokenizer, backbone))
+
+
+def encode_tasks(
+    config: Config, tasks: list[TaskData], tokenizer: Any, backbone: BackboneDescription
+) -> list[PreparedTask]:
+    """The tasks as the backbone sees them."""
     forms = TokenForms(tokenizer)
-    prepared = [prepare_task(data, config, forms, backbone.kind, backbone.max_tokens) for data in tasks]
-    return PreparedRun(config, backbone, tokenizer, prepared)
+    return [prepare_task(data, config, forms, backbone.kind, backbone.max_tokens) for data in tasks]
 
 
 def load_tasks(config: Config) -> list[TaskData]:

@@ -15,6 +15,7 @@ def run_training(config: Config) -> None:
 
     topology = ranks.connect(config.launch)
     from megaptune.experiment import Experiment
+    from megaptune.planning.settle import settle_layout
     from megaptune.preparation import prepare_run
 
     directory = RunDirectory(config.run.directory)
@@ -23,9 +24,10 @@ def run_training(config: Config) -> None:
     try:
         with StopRequest(directory.stop_file if topology.is_main else None) as stop:
             preflight.require(config, topology)
-            grid = build_grid(topology, config.parallel.tensor_parallel, config.parallel.across_nodes)
             roll_call.mark("preparing the data")
-            prepared = prepare_run(config, monitor)
+            prepared = settle_layout(prepare_run(config, monitor), topology, monitor)
+            parallel = prepared.config.parallel
+            grid = build_grid(topology, parallel.tensor_parallel, parallel.across_nodes)
             ranks.on_main(topology, lambda: directory.claim(config))
             claimed = True
             if topology.is_main:

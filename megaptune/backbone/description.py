@@ -32,7 +32,7 @@ class BackboneDescription:
 def describe_backbone(folder: Path, kind: Literal["auto", "causal", "masked"]) -> BackboneDescription:
     """:raises BackboneError: no such folder, no or damaged weight files, an unsupported architecture."""
     num_bytes = check_headers(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     largest = max(torch.Size(entry.shape).numel() for entry in CheckpointReader(folder).entries.values())
     return BackboneDescription(
         folder,
@@ -56,7 +56,11 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """The transformers configuration in a folder's config.json.
+
+    :raises BackboneError: when it is none, or of a family that transformers does not know.
+    """
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:

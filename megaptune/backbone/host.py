@@ -50,7 +50,11 @@ class PromptedBackbone(nn.Module):
 
     def forward(self, slots: Tensor, attention_mask: Tensor | None, answer_positions: Tensor, table: Tensor) -> Tensor:
         """slots [B, T], attention_mask [B, T] or None, answer_positions [B], table [R, D] fp32 -> features [B, D]."""
-        output = self.body(inputs_embeds=self.embed(slots, table), attention_mask=attention_mask, **self.body_options)
+        return self.read(self.embed(slots, table), attention_mask, answer_positions)
+
+    def read(self, embeds: Tensor, attention_mask: Tensor | None, answer_positions: Tensor) -> Tensor:
+        """embeds [B, T, D] -> features [B, D]."""
+        output = self.body(inputs_embeds=embeds, attention_mask=attention_mask, **self.body_options)
         hidden = output.last_hidden_state  # [B, T, D]
         at_answers = hidden[torch.arange(hidden.shape[0], device=hidden.device), answer_positions]
         return at_answers if self.readout is None else self.readout(at_answers)
@@ -118,7 +122,7 @@ class BackboneHost:
         self.num_parameters = self.load_report.num_parameters
         self.vocabulary_size, self.width = self.load_report.embedding_shape
         if parallel.activation_checkpointing:
-            _checkpoint_activations(model, self.family)
+            checkpoint_activations(model, self.family)
         first_id, _ = vocabulary_range(self.vocabulary_size, grid.shard, grid.shards)
         self.module = self.take_apart(model, first_id).eval()
         if self.zero_stage == 0:
@@ -204,7 +208,7 @@ def _group_gradients(module: nn.Module) -> None:
         inner.register_forward_pre_hook(pass_views)
 
 
-def _checkpoint_activations(model: Any, family: str) -> None:
+def checkpoint_activations(model: Any, family: str) -> None:
     """Keep a block's input alone and compute the block again in backward.
 
     Reentrant, because torch's other form compares the tensors that both passes save, and ZeRO 3 has partitioned frozen
@@ -254,8 +258,32 @@ def start_engine(module: nn.Module, config: dict[str, Any], grid: ProcessGrid, o
     # the weights that the ranks of a host share through the memory map.
     broadcast = DeepSpeedEngine._broadcast_model
     DeepSpeedEngine._broadcast_model = lambda engine: None
+    _forget_releases_with_their_trace()
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=_mpu(grid))
     finally:
         DeepSpeedEngine._broadcast_model = broadcast
     return engine
+
+
+def _forget_releases_with_their_trace() -> None:
+    """Let ZeRO 3 decide anew which weights to keep when it learns another order of modules.
+
+    DeepSpeed 0.19.8 remembers the decision beyond that order. What it sees first here is a forward without a backward
+    (the probe, an evaluation), in which nothing is needed again: every later step would fetch all weights twice.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    clear, decide = Coordinator._clear_trace_structures, Coordinator._PartitionedParameterCoordinator__params_to_release
+    # The cache stands inside a wrapper of DeepSpeed's that does not show it.
+    cells = [cell.cell_contents for cell in decide.__closure__ or ()]
+    cached = next((inner for inner in cells if hasattr(inner, "cache_clear")), None)
+    if cached is None or getattr(clear, "forgets_releases", False):
+        return
+
+    def clear_all(coordinator: Any) -> None:
+        clear(coordinator)
+        cached.cache_clear()
+
+    clear_all.forgets_releases = True  # type: ignore[attr-defined]
+    Coordinator._clear_trace_structures = clear_all

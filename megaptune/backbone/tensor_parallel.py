@@ -50,7 +50,8 @@ def _all_reduce(x: Tensor, group: Any, op: Any = torch.distributed.ReduceOp.SUM)
     if group is None:  # nobody to talk to
         return x
     total = x.clone(memory_format=torch.contiguous_format)
-    torch.distributed.all_reduce(total, op=op, group=group)
+    if not total.is_meta:  # shapes alone, when memory is planned
+        torch.distributed.all_reduce(total, op=op, group=group)
     return total
 
 

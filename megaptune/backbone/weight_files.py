@@ -43,6 +43,16 @@ def weight_files(folder: Path) -> list[Path]:
     raise BackboneError(f"{folder} has no weights: expected {_SINGLE} or {_INDEX}{hint}")
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights in a folder, whole or not."""
+    return (folder / _INDEX).is_file() or (folder / _SINGLE).is_file()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model"))
+
+
 def check_headers(folder: Path) -> int:
     """Open every weight file, which checks that its header fits its length; the number of bytes in all.
 

@@ -4,6 +4,11 @@ from typing import Any, Literal
 
 from megaptune.config import ParallelConfig
 
+# ZeRO 3 fetches this many elements ahead of the module that runs, and keeps a fetched parameter that is needed again
+# within so many elements of others. DeepSpeed's defaults, written out because memory is planned with them.
+PREFETCHED_ELEMENTS = 50_000_000
+REUSE_ELEMENTS = 1_000_000_000
+
 
 def frozen_backbone_config(
     parallel: ParallelConfig, dtype: Literal["fp32", "bf16"], largest_share: int = 0, pinned: bool = False
@@ -37,7 +42,7 @@ def tuned_backbone_config(
     ZeRO 0 becomes 1, which sends as much and holds less. In bf16, 1 becomes 2: DeepSpeed's stage 1 would hold all
     fp32 gradients on every rank. Master weights, moments and accumulated gradients are fp32.
     """
-    stage = max(2 if dtype == "bf16" else 1, parallel.zero_stage)
+    stage = tuned_stage(parallel.zero_stage, dtype)
     config = _common({"stage": stage, "overlap_comm": False}, dtype)
     config["gradient_clipping"] = max_gradient_norm or 0.0
     config["zero_allow_untested_optimizer"] = True  # torch's own: DeepSpeed's would be built from C++ sources
@@ -48,6 +53,11 @@ def tuned_backbone_config(
     return config
 
 
+def tuned_stage(stage: int, dtype: str) -> int:
+    """The stage that a tuned LM gets where ``stage`` is asked for."""
+    return max(2 if dtype == "bf16" else 1, stage)
+
+
 def zero_stage(config: dict[str, Any]) -> int:
     """The stage of a configuration made here."""
     return int(config["zero_optimization"]["stage"])
@@ -56,6 +66,8 @@ def zero_stage(config: dict[str, Any]) -> int:
 def _common(zero: dict[str, Any], dtype: Literal["fp32", "bf16"]) -> dict[str, Any]:
     if zero["stage"] == 3:
         zero["stage3_param_persistence_threshold"] = 0  # partition every tensor
+        zero["stage3_prefetch_bucket_size"] = PREFETCHED_ELEMENTS
+        zero["stage3_max_reuse_distance"] = zero["stage3_max_live_parameters"] = REUSE_ELEMENTS
     return {
         "train_micro_batch_size_per_gpu": 1,  # required, and unused: batches do not pass through the engine
         "gradient_clipping": 0.0,  # unwritten, DeepSpeed clips at norm 1.0

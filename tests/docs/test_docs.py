@@ -15,6 +15,7 @@ from megaptune.config import load_config
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SITES = sorted((ROOT / "configs" / "site").glob("*.yaml"))
 
 
 def test_the_table_of_keys_is_what_the_program_prints():
@@ -31,8 +32,17 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configurations_load(path, monkeypatch):
-    monkeypatch.setenv("MEGAPTUNE_DATA", os.environ.get("MEGAPTUNE_DATA", "/somewhere"))
+    for name in ("MEGAPTUNE_DATA", "MEGAPTUNE_BACKBONES"):
+        monkeypatch.setenv(name, os.environ.get(name, "/somewhere"))
     load_config(path, is_embedded=is_embedded)
+
+
+@pytest.mark.parametrize("path", SITES, ids=lambda path: path.name)
+def test_site_files_fit_any_configuration(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGAPTUNE_DATA", "/somewhere")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"defaults: [{ROOT / 'configs' / 'lama_paper.yaml'}, {path}]")
+    load_config(config, is_embedded=is_embedded)
 
 
 def test_readme_commands_exist_and_ci_runs_the_test_command():

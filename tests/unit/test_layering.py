@@ -30,6 +30,9 @@ run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom
 prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.soft_prompt
 examples                batches  scoring  evaluation  trainer  preparation
+planning                planning.layout  planning.activations  planning.workload  planning.memory
+planning.communication  planning.choice  planning.settle  planning.source
+planning.report         planning.dry_run  planning.session
 results                 results.prompt_folder  results.lm_folder  results.table
 experiment              session
 cli                     train  __main__

@@ -1,0 +1,222 @@
+"""What decides a run's memory and traffic besides the layout: the backbone's shapes, and the sizes of a step."""
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megaptune.backbone.architectures import FAMILIES, shard_plan
+from megaptune.backbone.description import Kind, read_config
+from megaptune.backbone.loading import build_on_meta
+from megaptune.config import Config, Reading
+from megaptune.methods import METHODS
+from megaptune.planning.activations import Activations, trace
+from megaptune.preparation import PreparedRun
+from megaptune.prompts.encoder import build_encoder
+from megaptune.prompts.template import Template, Text
+from megaptune.tasks.records import Record
+
+TRACED_BLOCKS = 2  # the first has what all share, the second stands for the others
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step's sizes. tokens: the longest training input; candidates: rows of each reading's set, None for all of the
+    vocabulary; basis: where lengths and counts are from, for the reader."""
+
+    global_batch: int
+    micro_batch: int
+    tokens: int
+    evaluation_batch: int
+    evaluation_tokens: int
+    prompt_rows: int
+    encoder: str
+    optimizer: str
+    train_over: Reading
+    candidates: dict[Reading, int | None]
+    tuned: bool
+    basis: str
+
+    @property
+    def pieces(self) -> int:
+        """Micro-batches of a global batch."""
+        return -(-self.global_batch // self.micro_batch)
+
+    @classmethod
+    def assumed(cls, config: Config, kind: Kind, tokens: int, basis: str, words: int = 0) -> "Workload":
+        """Without the data: inputs of ``tokens`` tokens, ``words`` single-token words in the word list."""
+        counts: dict[Reading, int | None] = {"answers": 500, "word_list": words, "vocabulary": None}
+        return cls._of(config, Template(config.prompt.template, kind).num_pseudo_tokens, tokens, tokens, counts, basis)
+
+    @classmethod
+    def prepared(cls, run: PreparedRun) -> "Workload":
+        """From a run's own data, its longest inputs and largest candidate sets."""
+        tasks = [
+            task
+            for prepared in run.tasks
+            for task in (prepared.tuned, prepared.manual, prepared.bare)
+            if task is not None
+        ]
+        train = [len(example.slots) for task in tasks for example in task.train]
+        other = [len(example.slots) for task in tasks for example in (*task.dev, *task.test)]
+        counts: dict[Reading, int | None] = {"vocabulary": None}
+        for prepared in run.tasks:
+            for reading, ids in prepared.candidates.items():
+                if ids is not None:
+                    counts[reading] = max(counts.get(reading) or 0, len(ids))
+        rows = max(task.template.num_pseudo_tokens for task in tasks)
+        return cls._of(run.config, rows, max(train or other), max(other), counts, "the data's longest inputs")
+
+    @classmethod
+    def _of(
+        cls, config: Config, rows: int, tokens: int, evaluated: int, counts: dict[Reading, int | None], basis: str
+    ) -> "Workload":
+        train = config.train
+        wanted = {*config.scoring.evaluate_over, config.scoring.train_over}
+        return cls(
+            global_batch=train.global_batch,
+            micro_batch=min(train.micro_batch, train.global_batch),
+            tokens=tokens,
+            evaluation_batch=config.evaluation.batch,
+            evaluation_tokens=evaluated,
+            prompt_rows=rows,
+            encoder=config.prompt.encoder if any(METHODS[name].trains_prompt for name in config.methods) else "none",
+            optimizer=train.optimizer,
+            train_over=config.scoring.train_over,
+            candidates={reading: count for reading, count in counts.items() if reading in wanted},
+            tuned=config.tunes_lm,
+            basis=basis,
+        )
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A parameter as one tensor-parallel rank holds it."""
+
+    name: str
+    elements: int
+    itemsize: int
+
+
+class Shapes:
+    """A backbone's shapes, from its config.json alone."""
+
+    def __init__(self, folder: Path, kind: Kind, dtype: str) -> None:
+        self.folder, self.kind, self.dtype = folder, kind, dtype
+        stored = str(getattr(read_config(folder), "dtype", None) or "float32").removeprefix("torch.")
+        self.mapped = stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]  # files hold what memory holds
+        self.model, self.config = build_on_meta(folder, kind, dtype)
+        self.family: str = self.config.model_type
+        embedding = self.model.get_input_embeddings().weight
+        self.vocabulary_size, self.width = embedding.shape
+        self.itemsize: int = embedding.itemsize
+        self.tied = self.model.get_output_embeddings().weight is embedding
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.blocks = len(self._blocks(self.model)) if self.family in FAMILIES else 0
+        self.buffer_bytes = sum(buffer.numel() * buffer.itemsize for buffer in self.model.buffers())
+
+    @lru_cache(maxsize=64)  # noqa: B019  as long as the shapes themselves
+    def tensors(self, shard: int, shards: int) -> tuple[Tensor, ...]:
+        """The parameters of one tensor-parallel rank.
+
+        :raises BackboneError: when the model cannot be divided so.
+        """
+        plan = shard_plan(self.model, self.config, shard, shards)
+        found = []
+        for name, parameter in self.model.named_parameters():
+            shape = tuple(parameter.shape)
+            elements = torch.Size(plan[name].shape(shape) if name in plan else shape).numel()
+            found.append(Tensor(name, elements, parameter.itemsize))
+        return tuple(found)
+
+    def output_rows_bytes(self, shards: int) -> int:
+        """Of a rank's part of the output embedding."""
+        return -(-self.vocabulary_size // shards) * self.width * self.itemsize
+
+    def activations(
+        self,
+        shards: int,
+        examples: int,
+        tokens: int,
+        checkpointing: bool = False,
+        zero_3: bool = False,
+        backward: bool = True,
+        tuned: bool = False,
+    ) -> Activations:
+        """See :func:`megaptune.planning.activations.trace`. One part of the bytes is whole on every rank, the other is
+        divided: two traces tell them apart, and larger groups follow."""
+        kv_heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        keeps_inputs = zero_3 and backward and not checkpointing  # of linear layers; else nothing is kept of a block
+        settings = examples, tokens, checkpointing, keeps_inputs, backward, tuned
+        if shards <= 2 or shards % 2 or kv_heads % shards:
+            return self.traced(shards, *settings)
+        one, two = self.traced(1, *settings), self.traced(2, *settings)
+        divided = 2 * (one.saved_bytes - two.saved_bytes)
+        # What lives at the peak is another set of tensors at every size, none larger than at a smaller one.
+        return Activations(one.saved_bytes - divided + round(divided / shards), two.working_bytes)
+
+    @lru_cache(maxsize=256)  # noqa: B019
+    def traced(
+        self,
+        shards: int,
+        examples: int,
+        tokens: int,
+        checkpointing: bool = False,
+        zero_3: bool = False,
+        backward: bool = True,
+        tuned: bool = False,
+    ) -> Activations:
+        """See :func:`megaptune.planning.activations.trace`; two blocks are traced, the second stands for the rest.
+
+        A family without a table is not taken apart, and code that looks into tensors' values (some rotary embeddings
+        do) cannot be traced: blocks are then put at 40 tensors as large as the hidden states.
+        """
+        hidden = 40 * examples * tokens * self.width * self.itemsize
+        assumed = Activations(hidden * int(getattr(self.config, "num_hidden_layers", 1)) if backward else 0, hidden)
+        if self.family not in FAMILIES:
+            return assumed
+        memo = {id(block): nn.Identity() for block in self._blocks(self.model)[TRACED_BLOCKS:]}  # these are not copied
+        model = copy.deepcopy(self.model, memo)
+        del self._blocks(model)[TRACED_BLOCKS:]
+        if tuned:
+            model.requires_grad_(True)
+        masked = self.kind == "masked"
+        try:
+            return trace(
+                model, self.config, shards, examples, tokens, masked, checkpointing, zero_3, backward, self.blocks
+            )
+        except RuntimeError as error:
+            if "meta tensors" not in str(error):
+                raise
+            return assumed
+
+    def _blocks(self, model: Any) -> Any:
+        return model.get_submodule(FAMILIES[self.family].blocks)
+
+
+def estimated_tokens(template: Template, record: Record) -> int:
+    """An input's length without its tokenizer: three characters a token, which names of things come near."""
+    parts = template.parts
+    text = sum(len(part.fill(record)) for part in parts if isinstance(part, Text))
+    return template.num_pseudo_tokens + -(-text // 3) + (3 if template.kind == "masked" else 1)
+
+
+def encoder_elements(name: str, rows: int, width: int) -> int:
+    """Parameters of a prompt encoder; of ``none``, no one."""
+    if name == "none":
+        return 0
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_encoder(name, rows, width, 0.0, 0).parameters())
+
+
+def largest_module(tensors: tuple[Tensor, ...]) -> int:
+    """Elements of the module with the most parameters of its own."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        module = tensor.name.rpartition(".")[0]
+        sizes[module] = sizes.get(module, 0) + tensor.elements
+    return max(sizes.values())
