@@ -137,6 +137,15 @@ class CheckpointReader:
             self._advise(entry, mmap.MADV_WILLNEED, begin, begin + 2 * _PREFETCH_BYTES)
             raw[offset : offset + _PREFETCH_BYTES : mmap.PAGESIZE].sum()
 
+    def prefetch(self, name: str, shard: Shard | None) -> None:
+        """Ask the disk for a part that is wanted soon; what is in memory already costs nothing."""
+        entry = self.entries[name]
+        if shard is not None and shard.dim == 0:
+            start, stop = (self._row_start(entry, row) for row in (shard.ranges[0][0], shard.ranges[-1][1]))
+        else:
+            start, stop = entry.start, entry.stop
+        self._advise(entry, mmap.MADV_WILLNEED, start, stop)
+
     def _map(self, file: Path) -> mmap.mmap:
         if file not in self._maps:
             with file.open("rb") as handle:

@@ -22,13 +22,15 @@ from megaptune.errors import BackboneError, first_line
 from megaptune.run.grid import ProcessGrid
 from megaptune.run.monitor import peak_host_bytes
 
+_TENSORS_AHEAD = 12  # asked of the disk while one is copied
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What loading took on this rank. num_parameters and embedding_shape (V, D): of the whole model; bytes_read: of the
-    files, each once; peak: the process's, until now."""
+    files, each once; seconds: for reading, the model being built; peak: the process's, until now."""
 
     num_parameters: int
     embedding_shape: tuple[int, int]
@@ -98,7 +100,6 @@ def load_divided(
     :param trainable: weights are written to later, so none may be a view of a file.
     :raises BackboneError: tensors that are missing, left over or of another shape; heads that do not divide.
     """
-    started = time.monotonic()
     model, config = build_on_meta(folder, kind, dtype)
     family = FAMILIES[config.model_type]
     reader = CheckpointReader(folder)
@@ -108,11 +109,14 @@ def load_divided(
     plan = shard_plan(model, config, grid.shard, grid.shards)
     model.shard_plan, model.whole_shapes = plan, {name: tuple(p.shape) for name, p in model.named_parameters()}
     divide(model, config, plan, grid)
-    bytes_read = 0
+    started, bytes_read = time.monotonic(), 0
     largest = max(parameter.numel() for parameter in model.parameters()) if zero_init is not None else 0
     scratch = torch.empty(largest, dtype=DTYPES[dtype], device=device)
-    for name, parameter in list(model.named_parameters()):
+    parameters = list(model.named_parameters())
+    for number, (name, parameter) in enumerate(parameters):
         source, shard = sources[name], plan.get(name)
+        for coming, _ in parameters[number + 1 : number + 1 + _TENSORS_AHEAD]:
+            reader.prefetch(sources[coming], plan.get(coming))
         if zero_init is not None:
             bytes_read += _read_share(parameter, model, reader, source, shard, zero_init, grid, scratch)
         else:
