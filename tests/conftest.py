@@ -10,6 +10,7 @@ import pytest
 # As a run sets it for itself (run/topology.py); here torch computes before a run begins.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+import interpreted_kernels  # noqa: F401  before anything imports Triton
 import torch
 from tiny import save_tiny, write_config, write_facts
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megaptune.backbone.architectures import FAMILIES, blocks_of, divisible, vocabulary_range
 from megaptune.backbone.description import BackboneDescription
 from megaptune.backbone.fingerprint import Fingerprint, probe_ids, rows_checksum
+from megaptune.backbone.frozen_linear import keep_no_inputs
 from megaptune.backbone.loading import DTYPES, load_divided
 from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
 from megaptune.backbone.tensor_parallel import splice
@@ -113,7 +114,7 @@ class BackboneHost:
         self.zero_stage = zero_stage(config)
         probe = None
         if self.family in FAMILIES:
-            zero_init = _zero_init(config, grid, DTYPES[dtype]) if self.zero_stage == 3 else None
+            zero_init = _zero_init(config, grid, DTYPES[dtype], self.trained) if self.zero_stage == 3 else None
             model, self.load_report = load_divided(
                 self.folder, self.kind, dtype, grid, device, zero_init, trainable=self.trained
             )
@@ -127,6 +128,8 @@ class BackboneHost:
         self.module = self.take_apart(model, first_id).eval()
         if self.zero_stage == 0:
             _group_gradients(self.module)
+        elif not self.trained:
+            keep_no_inputs(self.module)
         roll_call.mark("handing the backbone to DeepSpeed")
         self.engine = self.start_engine(config)
         self.output = OutputEmbedding(
@@ -234,14 +237,15 @@ def _recomputed(forward: Any) -> Any:
     return run
 
 
-def _zero_init(config: dict[str, Any], grid: ProcessGrid, dtype: torch.dtype) -> Any:
+def _zero_init(config: dict[str, Any], grid: ProcessGrid, dtype: torch.dtype, trained: bool) -> Any:
     """What turns a parameter into ZeRO 3's, one at a time."""
     import deepspeed
 
     init = deepspeed.zero.Init(
         config_dict_or_path=config, data_parallel_group=grid.data_group, dtype=dtype, mpu=_mpu(grid)
     )
-    init._enable_mem_efficient_linear()  # torch's linear would hold on to the gathered weight until backward
+    if trained:
+        init._enable_mem_efficient_linear()  # torch's linear would hold on to the gathered weight until backward
     return init
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from megaptune.backbone.architectures import FAMILIES, Shard, blocks_of
+from megaptune.backbone.frozen_linear import frozen_linear
 from megaptune.kernels import dispatch
 from megaptune.run.grid import ProcessGrid
 
@@ -74,7 +75,8 @@ class RowParallel(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        partial = x @ self.weight if self.transposed else F.linear(x, self.weight)
+        linear = F.linear if self.weight.requires_grad else frozen_linear
+        partial = x @ self.weight if self.transposed else linear(x, self.weight)
         total = sum_outputs(partial, self.group)
         return total if self.bias is None else total + self.bias
 

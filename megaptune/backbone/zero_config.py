@@ -21,6 +21,8 @@ def frozen_backbone_config(
     # 1 and 2 divide what an optimizer needs; here is none.
     zero: dict[str, Any] = {"stage": 3 if parallel.zero_stage == 3 else 0}
     config = _common(zero, dtype)
+    if zero["stage"] == 3:
+        zero["memory_efficient_linear"] = False  # it would keep the inputs of frozen layers; see frozen_linear.py
     if parallel.offload != "none":
         zero["offload_param"] = {"device": parallel.offload, "pin_memory": pinned}
     if parallel.offload == "nvme":

@@ -40,14 +40,12 @@ def trace(
     tokens: int,
     masked: bool,
     checkpointing: bool = False,
-    zero_3: bool = False,
     backward: bool = True,
     blocks: int = 0,
 ) -> Activations:
     """Forward, and backward if wanted, of ``examples`` inputs of ``tokens`` tokens on the first of ``shards`` ranks.
 
     :param model: on meta, undivided, nobody else's: it is taken apart. Parameters that require gradients are tuned.
-    :param zero_3: DeepSpeed's linear layer keeps its input, which torch's needs for the gradient of a weight only.
     :param blocks: how many the model really has; those that it lacks keep what its last one keeps.
     """
     grid = ProcessGrid(shards=shards)
@@ -76,7 +74,7 @@ def trace(
         last.register_forward_pre_hook(lambda *_: of_last_block.append(-_bytes(saved)))
         last.register_forward_hook(lambda *_: of_last_block.append(_bytes(saved)))
 
-    with _stand_ins(zero_3), _Live(own) as live, torch.set_grad_enabled(backward):
+    with _stand_ins(), _Live(own) as live, torch.set_grad_enabled(backward):
         live.see(embeds)
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks:
@@ -129,17 +127,15 @@ class _Live(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _stand_ins(zero_3: bool) -> Iterator[None]:
-    """In place of what meta tensors cannot do or torch does otherwise on them, and of what DeepSpeed replaces."""
-    kept = F.scaled_dot_product_attention, F.linear, masking_utils.find_packed_sequence_indices
+def _stand_ins() -> Iterator[None]:
+    """In place of what meta tensors cannot do or torch does otherwise on them."""
+    kept = F.scaled_dot_product_attention, masking_utils.find_packed_sequence_indices
     F.scaled_dot_product_attention = _attention
     masking_utils.find_packed_sequence_indices = lambda position_ids: None  # looks into values: packed or not?
-    if zero_3:
-        F.linear = _KeepingLinear.apply
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, F.linear, masking_utils.find_packed_sequence_indices = kept
+        F.scaled_dot_product_attention, masking_utils.find_packed_sequence_indices = kept
 
 
 class _Attention(torch.autograd.Function):
@@ -163,16 +159,3 @@ def _attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # what torch adds to the products
     return _Attention.apply(query, key, value, attn_mask)
-
-
-class _KeepingLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        grads = ctx.needs_input_grad
-        return torch.empty_like(x), torch.empty_like(weight) if grads[1] else None, None

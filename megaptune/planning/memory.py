@@ -88,9 +88,9 @@ def _phase(
     """What lives while a micro-batch is trained on, or a batch evaluated."""
     examples = work.micro_batch if training else work.evaluation_batch
     length = work.tokens if training else work.evaluation_tokens
-    checkpointing, zero_3 = layout.activation_checkpointing and training, layout.zero_stage == 3
+    checkpointing = layout.activation_checkpointing and training
     traced = shapes.activations(
-        layout.tensor_parallel, examples, length, checkpointing, zero_3, training, work.tuned and training
+        layout.tensor_parallel, examples, length, checkpointing, training, work.tuned and training
     )
     vocabulary = -(-shapes.vocabulary_size // layout.tensor_parallel)
     counts = [vocabulary if count is None else min(count, vocabulary) for count in work.candidates.values()]

@@ -143,15 +143,13 @@ class Shapes:
         examples: int,
         tokens: int,
         checkpointing: bool = False,
-        zero_3: bool = False,
         backward: bool = True,
         tuned: bool = False,
     ) -> Activations:
         """See :func:`megaptune.planning.activations.trace`. One part of the bytes is whole on every rank, the other is
         divided: two traces tell them apart, and larger groups follow."""
         kv_heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        keeps_inputs = zero_3 and backward and not checkpointing  # of linear layers; else nothing is kept of a block
-        settings = examples, tokens, checkpointing, keeps_inputs, backward, tuned
+        settings = examples, tokens, checkpointing, backward, tuned
         if shards <= 2 or shards % 2 or kv_heads % shards:
             return self.traced(shards, *settings)
         one, two = self.traced(1, *settings), self.traced(2, *settings)
@@ -166,7 +164,6 @@ class Shapes:
         examples: int,
         tokens: int,
         checkpointing: bool = False,
-        zero_3: bool = False,
         backward: bool = True,
         tuned: bool = False,
     ) -> Activations:
@@ -186,9 +183,7 @@ class Shapes:
             model.requires_grad_(True)
         masked = self.kind == "masked"
         try:
-            return trace(
-                model, self.config, shards, examples, tokens, masked, checkpointing, zero_3, backward, self.blocks
-            )
+            return trace(model, self.config, shards, examples, tokens, masked, checkpointing, backward, self.blocks)
         except RuntimeError as error:
             if "meta tensors" not in str(error):
                 raise

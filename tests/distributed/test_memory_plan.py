@@ -50,9 +50,7 @@ def test_predicted_bytes_are_the_measured_ones(sized, family, layout):
     folder = sized(family)
     shapes, work = _plan(folder, family, layout)
     zero_3 = layout.zero_stage == 3
-    saved = shapes.activations(
-        layout.tensor_parallel, EXAMPLES, TOKENS, layout.activation_checkpointing, zero_3
-    ).saved_bytes
+    saved = shapes.activations(layout.tensor_parallel, EXAMPLES, TOKENS, layout.activation_checkpointing).saved_bytes
     sent = communication_of(shapes, work, layout)
     for rank, found in enumerate(run_ranks(layout.world_size, measure_step, folder, layout)):
         tensors = shapes.tensors(rank % layout.tensor_parallel, layout.tensor_parallel)
