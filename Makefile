@@ -26,6 +26,8 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/hosting.py
+	$(BIN)/python benchmarks/loading.py
 
 setup:
 	@launchers/setup_env.sh

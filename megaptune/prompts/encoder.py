@@ -24,7 +24,7 @@ class LstmEncoder(nn.Module):
     def forward(self) -> Tensor:
         """The table [R, D], fp32."""
         states, _ = self.lstm(self.embedding.weight.unsqueeze(0))
-        # Two-dimensional: DeepSpeed replaces torch's linear once ZeRO 3 is on, and only there both add the bias alike.
+        # Two-dimensional: DeepSpeed replaces torch's linear for a tuned LM at ZeRO 3; there both add the bias alike.
         return self.mlp(states.squeeze(0))
 
 

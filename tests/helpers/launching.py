@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from runs import losses
 
+TRAIN = {"optimizer": "sgd", "learning_rate": 0.5}
+"""SGD, because Adam would amplify the rounding by which tensor-parallel sums differ from whole ones."""
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 

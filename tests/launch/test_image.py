@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from containers import Images, missing
-from launching import BIN, ROOT, assert_finished_with_losses_of, start
+from launching import BIN, ROOT, TRAIN, assert_finished_with_losses_of, start
 from tiny import write_config
 
 WHY_NOT = missing()
@@ -49,7 +49,9 @@ def test_the_image_trains_with_two_ranks_as_a_user_without_privileges(images, ti
     for path in facts.values():
         shutil.copy(path, inputs)
     files = {split: path.name for split, path in facts.items()}
-    write_config(inputs, backbone={"path": "llama"}, task=files)  # relative to the file, so good at any place
+    write_config(
+        inputs, backbone={"path": "llama"}, task=files, train=TRAIN
+    )  # relative to the file, so good at any place
     work.mkdir()
     os.chown(work, USER, USER)
     for path in (inputs, *inputs.rglob("*")):

@@ -162,7 +162,7 @@ def test_a_rank_that_is_late_at_the_first_step_is_named(start, tmp_path, monkeyp
 
 
 def test_a_rank_that_hangs_while_it_reads_the_backbone_is_named(start, monkeypatch):
-    on_rank_1(monkeypatch, host, "_load", sleep_long)
+    on_rank_1(monkeypatch, host, "load_divided", sleep_long)
     left = start(2, [0, 1], "launch.first_step_timeout_s=3")
     assert [rank.code for rank in left.values()] == [3, 3]
     assert f"rank 1 ({HERE}) was last seen reading the backbone; look at that host, its disk" in left[0].said
