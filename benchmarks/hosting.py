@@ -35,7 +35,7 @@ def row(folder: Path, family: str, layout: Layout) -> list[str]:
     size, batch = layout.tensor_parallel, EXAMPLES * layout.replicas
     sets = {"vocabulary": None}
     work = Workload(batch, EXAMPLES, TOKENS, EXAMPLES, TOKENS, ROWS, "lstm", "adam", "vocabulary", sets, False, "")
-    traced = shapes.activations(size, EXAMPLES, TOKENS, layout.activation_checkpointing, layout.zero_stage == 3)
+    traced = shapes.activations(size, EXAMPLES, TOKENS, layout.activation_checkpointing)
     predicted = {
         "held": weight_bytes(shapes.tensors(0, size), layout),
         "saved": traced.saved_bytes,
