@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, assert_finished_with_losses_of, start
+from launching import ROOT, assert_finished_with_losses_of, free_port, start
 from runs import losses, metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 def test_deepspeed_with_two_ranks_gives_the_losses_of_one_process(config, one_rank, tmp_path, stage):
     run = tmp_path / "run"
     done = start(
-        *("deepspeed", "--num_gpus", "2", "--master_port", "29711", "megaptune/train.py", "--config", str(config)),
+        *("deepspeed", "--num_gpus", "2", "--master_port", free_port(), "megaptune/train.py", "--config", str(config)),
         *("--set", f"run.directory={run}", "--set", f"parallel.zero_stage={stage}"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -29,7 +29,7 @@ def test_deepspeed_with_two_ranks_gives_the_losses_of_one_process(config, one_ra
 def test_torchrun(config, one_rank, tmp_path):
     run = tmp_path / "run"
     done = start(
-        *("torchrun", "--nproc-per-node", "2", "--master-port", "29712", "megaptune/train.py"),
+        *("torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "megaptune/train.py"),
         *("--config", str(config), "--set", f"run.directory={run}"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,7 +38,7 @@ def test_torchrun(config, one_rank, tmp_path):
 
 def test_a_mistake_is_told_once_and_its_exit_code_reaches_the_shell(config, tmp_path):
     done = start(
-        *("deepspeed", "--num_gpus", "2", "--master_port", "29713", "megaptune/train.py", "--config", str(config)),
+        *("deepspeed", "--num_gpus", "2", "--master_port", free_port(), "megaptune/train.py", "--config", str(config)),
         *("--set", "train.learning_rat=1", "--set", f"run.directory={tmp_path / 'run'}"),
     )
     assert done.returncode == 2
@@ -57,7 +57,7 @@ def test_the_second_start_of_a_finished_run_only_prints_its_table(config, one_ra
 
 def test_preflight_prints_its_numbered_checks_and_starts_nothing(config, tmp_path):
     done = start(
-        *("deepspeed", "--num_gpus", "2", "--master_port", "29714", "--no_local_rank", "--module", "megaptune"),
+        *("deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--no_local_rank", "--module", "megaptune"),
         *("preflight", "--config", str(config), "--set", f"run.directory={tmp_path / 'run'}"),
         *("--set", "launch.min_free_disk_gib=1e9"),
     )
