@@ -56,7 +56,6 @@ def test_pdsh(cluster, config, one_rank, tmp_path):
     assert done.returncode == 0, output
     assert_finished_with_losses_of(tmp_path / "run", one_rank, output)
     assert "4 ranks (torch) = 2 replicas x 2 tensor parallel, ZeRO 3" in output
-    assert "worker-1" not in output or "n2" in output
 
 
 def test_openmpi_through_hostfile_sh(cluster, config, one_rank, tmp_path):
