@@ -14,7 +14,8 @@ import os
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference  # noqa: F401
+from .registration import OPS, Ops
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 OPS = ("prompt_splice", "verbalizer_softmax")
@@ -71,34 +72,93 @@ def prompt_splice(slots: Tensor, vocab_weight: Tensor, table: Tensor, scale: flo
         raise ValueError(f"vocab_weight must be fp32, bf16 or fp16 [V, D], not {_shape(vocab_weight)}")
     if table.dtype != torch.float32 or table.dim() != 2 or table.shape[1] != vocab_weight.shape[1]:
         raise ValueError(f"table must be float32 [R, {vocab_weight.shape[1]}], not {_shape(table)}")
-    if _pick(vocab_weight.device.type) == "reference":
-        return reference.prompt_splice(slots, vocab_weight, table, scale)
-    from . import prompt_splice as kernel
-
-    return kernel.prompt_splice(slots, vocab_weight, table, scale)
+    return _ops(vocab_weight.device.type).prompt_splice(slots, vocab_weight, table, scale)
 
 
 def verbalizer_softmax(
-    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None = None
+    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None = None, ranges: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """features [B, D], rows [C, D], labels [B] int64, bias [C] or None -> loss [B] fp32, rank [B], prediction [B].
 
-    Cross-entropy over the candidates; rank 0 is a hit at 1. Differentiable in ``features`` only. All of it, with what
-    is raised when: reference.verbalizer_softmax. ValueError for shapes or dtypes that do not fit.
+    Cross-entropy over the candidates; rank 0 is a hit at 1. With ``ranges`` [B, 2] int64 the candidates of example b
+    are ``rows[ranges[b, 0]:ranges[b, 1]]`` and its label, rank and prediction count from the first of them.
+    Differentiable in ``features`` only. All of it, with what is raised when: reference.verbalizer_softmax. ValueError
+    for shapes or dtypes that do not fit.
     """
+    _check_candidates(features, rows, labels, bias, ranges)
+    if not len(rows):
+        raise ValueError(f"rows must be [C > 0, {features.shape[1]}], not {_shape(rows)}")
+    return _ops(features.device.type).verbalizer_softmax(features, rows, labels, bias, ranges)
+
+
+def softmax_partials(
+    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None = None, ranges: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What this rank's candidates, rows [c, D], perhaps none, say of features [B, D]; without a gradient.
+
+    labels  [B] int64, signed: ``label >= 0`` is a row of this rank; ``label < 0`` is held by another, and would stand
+            before row ``-1 - label`` here
+    ranges  [B, 2] int64 or None: example b's candidates among this rank's rows; they may be none
+
+    Returns best [B] fp32, the highest score (-inf where there is none); total [B] fp32, the sum of exp(score - best);
+    at_label [B] fp32, the label's score, 0 where another rank holds it; place [B] int64, the row of the best score, -1
+    where there is none; and what this implementation keeps for softmax_finish, perhaps nothing.
+    """
+    _check_candidates(features, rows, labels, bias, ranges)
+    bias = None if bias is None else bias.detach()
+    with torch.no_grad():
+        return _ops(features.device.type).softmax_partials(features, rows.detach(), labels, bias, ranges)
+
+
+def softmax_finish(
+    features: Tensor,
+    rows: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    at_label: Tensor,
+    kept: Tensor,
+    bias: Tensor | None = None,
+    ranges: Tensor | None = None,
+    wanted: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """After softmax_partials, once lse [B] fp32 and at_label [B] fp32 of all ranks together are known.
+
+    Returns better [B] int64, how many of this rank's candidates beat the label, and this rank's part of
+    d loss / d features, [B, D] fp32, or [0] unless ``wanted``.
+    """
+    bias = None if bias is None else bias.detach()
+    with torch.no_grad():
+        return _ops(features.device.type).softmax_finish(
+            features, rows.detach(), labels, lse, at_label, kept, bias, ranges, wanted
+        )
+
+
+def _check_candidates(
+    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None, ranges: Tensor | None
+) -> None:
     if features.dtype not in WEIGHT_DTYPES or features.dim() != 2:
         raise ValueError(f"features must be fp32, bf16 or fp16 [B, D], not {_shape(features)}")
-    if rows.dtype not in WEIGHT_DTYPES or rows.dim() != 2 or rows.shape[1] != features.shape[1] or not len(rows):
-        raise ValueError(f"rows must be fp32, bf16 or fp16 [C > 0, {features.shape[1]}], not {_shape(rows)}")
+    if rows.dtype not in WEIGHT_DTYPES or rows.dim() != 2 or rows.shape[1] != features.shape[1]:
+        raise ValueError(f"rows must be fp32, bf16 or fp16 [C, {features.shape[1]}], not {_shape(rows)}")
     if labels.dtype != torch.int64 or labels.shape != features.shape[:1]:
         raise ValueError(f"labels must be int64 [{len(features)}], not {_shape(labels)}")
     if bias is not None and bias.shape != rows.shape[:1]:
         raise ValueError(f"bias must be [{len(rows)}], not {_shape(bias)}")
-    if _pick(features.device.type) == "reference":
-        return reference.verbalizer_softmax(features, rows, labels, bias)
-    from . import verbalizer_softmax as kernel
+    if ranges is not None and (ranges.dtype != torch.int64 or ranges.shape != (len(features), 2)):
+        raise ValueError(f"ranges must be int64 [{len(features)}, 2], not {_shape(ranges)}")
 
-    return kernel.verbalizer_softmax(features, rows, labels, bias)
+
+def _ops(device: str) -> Ops:
+    return OPS[_imported(device)]
+
+
+@torch.compiler.assume_constant_result
+def _imported(device: str) -> str:
+    """The implementation for ``device``, imported when it is first needed."""
+    found = _pick(device)
+    if found == "triton":
+        from . import triton_ops  # noqa: F401
+    return found
 
 
 def _pick(device: str) -> str:

@@ -171,26 +171,52 @@ def splice(slots: Tensor, rows: Tensor, first: int, table: Tensor, scale: float,
 
 
 def parallel_softmax(
-    features: Tensor, rows: Tensor, index: Tensor, labels: Tensor, bias: Tensor | None, group: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    group: Any,
+    ranges: Tensor | None = None,
+    wanted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Cross-entropy over candidates whose rows the ranks of a group hold in parts; no rank sees all logits.
 
     features  [B, D], the same on every rank
     rows      [c, D], this rank's candidates, perhaps none; bias [c] or None
     index     [c] int64, ascending: their places among all candidates
     labels    [B] int64, places among all candidates
+    ranges    [B, 2] int64 or None: example b's candidates are those at the places ranges[b, 0] to ranges[b, 1] - 1, and
+              its label and prediction count from ranges[b, 0]
 
     Returns loss [B] fp32, rank [B] and prediction [B] as ``dispatch.verbalizer_softmax`` does, and d loss / d features
-    [B, D], the same on every rank of the group.
+    [B, D], the same on every rank of the group, or None unless ``wanted``. IndexError for a label that is none of its
+    candidates (on CUDA: a loss of NaN).
     """
-    wide, blocks = features.float(), rows.split(UPCAST_ROWS)  # a split of no rows is one empty block
-    logits = torch.cat([wide @ block.float().T for block in blocks], dim=1)  # [B, c]
-    if bias is not None:
-        logits = logits + bias.float()
-    loss, rank, prediction, slope = divided_softmax(logits, index, labels, group)
-    parts = slope.split(UPCAST_ROWS, dim=1)
-    gradient = sum((part @ block.float() for part, block in zip(parts, blocks, strict=True)), wide.new_zeros(()))
-    return loss, rank, prediction, _all_reduce(gradient, group).to(features.dtype)
+    ops = torch.distributed.ReduceOp
+    first, local, asked_for = 0, None, labels
+    if ranges is not None:
+        first, stop = ranges.unbind(dim=1)
+        asked_for = torch.where((labels >= 0) & (labels < stop - first), labels + first, -1)
+        local = torch.searchsorted(index, ranges.contiguous())
+    position = torch.searchsorted(index, asked_for)
+    beyond = torch.cat([index, index.new_full((1,), -2)])  # so that every position, and -1, names something
+    here = beyond[position] == asked_for
+    mine = torch.where(here, position, -1 - position)
+
+    best, total, at_label, place, kept = dispatch.softmax_partials(features, rows, mine, bias, local)
+    top = _all_reduce(best, group, ops.MAX)
+    total = torch.where(total == 0, 0.0, total * torch.exp(best - top))  # a rank may hold none of the candidates
+    total, at_label, holders = _all_reduce(torch.stack([total, at_label, here.to(total.dtype)]), group)
+    if holders.is_cpu and bool((holders == 0).any()):
+        raise IndexError(f"label {int(labels[holders == 0][0])} is none of its example's candidates")
+    at_label = torch.where(holders == 0, float("nan"), at_label)
+    lse = total.log() + top
+    better, slope = dispatch.softmax_finish(features, rows, mine, lse, at_label, kept, bias, local, wanted)
+    leads = (place >= 0) & ((best == top) | best.isnan())
+    prediction = _all_reduce(torch.where(leads, beyond[place], torch.iinfo(torch.int64).max), group, ops.MIN) - first
+    gradient = _all_reduce(slope, group).to(features.dtype) if wanted else None
+    return lse - at_label, _all_reduce(better, group), prediction, gradient
 
 
 def divided_softmax(logits: Tensor, index: Tensor, labels: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
