@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference  # noqa: F401
-from .registration import OPS, Ops
+from .registration import REGISTERED, Ops
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 OPS = ("prompt_splice", "verbalizer_softmax")
@@ -149,7 +149,7 @@ def _check_candidates(
 
 
 def _ops(device: str) -> Ops:
-    return OPS[_imported(device)]
+    return REGISTERED[_imported(device)]
 
 
 @torch.compiler.assume_constant_result

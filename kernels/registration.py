@@ -40,7 +40,7 @@ class Ops:
         return loss, rank, prediction
 
 
-OPS: dict[str, Ops] = {}  # by implementation
+REGISTERED: dict[str, Ops] = {}  # by implementation
 
 
 def register(
@@ -72,8 +72,8 @@ def register(
         op.register_autograd(_softmax_autograd, setup_context=_softmax_context)
         define("softmax_partials", partials, _fake_partials)
         define("softmax_finish", finish, _fake_finish)
-    OPS[implementation] = Ops(implementation)
-    return OPS[implementation]
+    REGISTERED[implementation] = Ops(implementation)
+    return REGISTERED[implementation]
 
 
 def _fake_splice(slots: Tensor, vocab_weight: Tensor, table: Tensor, scale: float) -> Tensor:
