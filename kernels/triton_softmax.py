@@ -1,12 +1,8 @@
-"""verbalizer_softmax in Triton: cross-entropy over the candidates without their logits ever reaching memory.
+"""verbalizer_softmax in Triton: the candidates' rows are streamed, their scores never reach memory.
 
-Its meaning: reference.verbalizer_softmax. Forward streams the candidates' rows once, keeping per example a running
-maximum and sum (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018), the best index and the
-count of better candidates. Several programs share the candidates, since a batch of answers alone would leave most of a
-GPU idle; what they found, [B, S], is put together in torch. Splits depend on C alone, so an example's result does not
-depend on its batch or on the device's size.
+What launches it and puts results together, and why it is cut up like this: streaming.py.
 
-B examples, C candidates, D backbone width, S splits of the candidates.
+B examples, C candidates, D backbone width, S splits of the candidates, W candidates whose weights are held.
 """
 
 from typing import Any
@@ -16,15 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B = 16  # the fewest rows tl.dot takes
-BLOCK_C = 64
+from .streaming import BLOCK_B, BLOCK_C, PRODUCT_C, SPLIT_C
+
 BLOCK_D = {"ieee": 32, "tf32": 64}  # 128 bytes of a row; twice that spills registers with strided fp32 rows
-SPLIT_C = 512  # candidates per forward program
-WAVE_C = 8192  # candidates whose part of the gradient is held at a time: [WAVE_C / BLOCK_C, B, D] fp32
+PRODUCT_BLOCK_C, PRODUCT_BLOCK_D = 32, 64
 
 
 @triton.jit
-def logits_tile(
+def scores_tile(
     features_ptr,
     features_stride_b,
     features_stride_d,
@@ -36,7 +31,7 @@ def logits_tile(
     b_inside,
     c,  # [BLOCK_C] int64, in any order
     c_inside,
-    D,
+    D,  # 0: nothing is read, and scores are the bias
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -49,7 +44,7 @@ def logits_tile(
     before tl.dot: "ieee" keeps fp32 inputs whole, and for bf16 and fp16 inputs "tf32" runs on tensor cores and loses
     nothing, because it holds every value of both dtypes; products are exact and sums are fp32.
     """
-    logits = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
+    scores = tl.zeros([BLOCK_B, BLOCK_C], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         d_inside = d < D
@@ -63,10 +58,23 @@ def logits_tile(
             mask=c_inside[None, :] & d_inside[:, None],
             other=0.0,
         )
-        logits = tl.dot(x.to(tl.float32), w.to(tl.float32), logits, input_precision=PRECISION)
+        scores = tl.dot(x.to(tl.float32), w.to(tl.float32), scores, input_precision=PRECISION)
     if HAS_BIAS:
-        logits += tl.load(bias_ptr + c, mask=c_inside, other=0.0).to(tl.float32)[None, :]
-    return logits
+        scores += tl.load(bias_ptr + c, mask=c_inside, other=0.0).to(tl.float32)[None, :]
+    return scores
+
+
+@triton.jit
+def candidates_of(ranges_ptr, b, b_inside, C, HAS_RANGES: tl.constexpr, BLOCK_B: tl.constexpr):
+    """First candidate and end of each example of a block, and of all of them together."""
+    if HAS_RANGES:
+        start = tl.load(ranges_ptr + 2 * b, mask=b_inside, other=0)
+        stop = tl.load(ranges_ptr + 2 * b + 1, mask=b_inside, other=0)
+        some = b_inside & (start < stop)
+        return start, stop, tl.min(tl.where(some, start, C)), tl.max(tl.where(some, stop, 0))
+    else:
+        zero = tl.zeros([BLOCK_B], dtype=tl.int64)
+        return zero, zero + C, tl.min(zero), tl.max(zero + C)
 
 
 @triton.jit
@@ -78,17 +86,19 @@ def softmax_forward_kernel(
     rows_stride_c,
     rows_stride_d,
     bias_ptr,  # [C], or anything where HAS_BIAS is false
-    labels_ptr,  # [B] int64
-    label_logit_ptr,  # [B] fp32
-    best_ptr,  # [B, S] fp32: the highest logit of the split
-    total_ptr,  # [B, S] fp32: sum of exp(logit - best)
-    place_ptr,  # [B, S] int64: index of the highest logit
+    labels_ptr,  # [B] int64: a row, or -1 - the row that it would stand before
+    ranges_ptr,  # [B, 2] int64, or anything where HAS_RANGES is false
+    at_label_ptr,  # [B] fp32
+    best_ptr,  # [B, S] fp32: the highest score of the split
+    total_ptr,  # [B, S] fp32: sum of exp(score - best)
+    place_ptr,  # [B, S] int64: row of the highest score
     better_ptr,  # [B, S] int64: how many beat the label
     B,
     C,
     D,
     S,
     HAS_BIAS: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -99,66 +109,70 @@ def softmax_forward_kernel(
     split = tl.program_id(1)
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     b_inside = b < B
-    label = tl.load(labels_ptr + b, mask=b_inside, other=0)
+    label = tl.load(labels_ptr + b, mask=b_inside, other=-1)
+    behind = tl.where(label >= 0, label + 1, -1 - label)  # candidates from here on lose a tie against the label
+    start, stop, low, high = candidates_of(ranges_ptr, b, b_inside, C, HAS_RANGES, BLOCK_B)
     column = tl.arange(0, BLOCK_C)
 
-    # 1. The label's logit, as the diagonal of a tile whose column j is the label of example j. A tile of the same shape
-    #    runs the same instructions as those below, so equal rows have equal logits and ties are seen as ties.
-    #    A label outside 0..C-1 gives NaN, which the trainer stops at, and reads nothing.
+    # 1. Which blocks of the split hold candidates of these examples: with ranges often none.
+    first = split * SPLIT_C
+    begin = first + tl.maximum(low - first, 0) // BLOCK_C * BLOCK_C
+    end = tl.minimum(first + SPLIT_C, high)
+
+    # 2. The label's score, as the diagonal of a tile whose column j is the label of example j. A tile of the same shape
+    #    runs the same instructions as those below, so equal rows have equal scores and ties are seen as ties.
     owner = tl.program_id(0) * BLOCK_B + column
     owner_label = tl.load(labels_ptr + owner, mask=(column < BLOCK_B) & (owner < B), other=-1)
-    owner_inside = (owner_label >= 0) & (owner_label < C)
-    tile = logits_tile(
+    read = tl.where((begin < end) | (split == 0), D, 0)
+    tile = scores_tile(
         features_ptr, features_stride_b, features_stride_d, rows_ptr, rows_stride_c, rows_stride_d, bias_ptr,
-        b, b_inside, owner_label, owner_inside, D, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
+        b, b_inside, owner_label, owner_label >= 0, read, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     diagonal = tl.arange(0, BLOCK_B)[:, None] == column[None, :]
-    label_logit = tl.sum(tl.where(diagonal, tile, 0.0), axis=1)
-    label_logit = tl.where((label >= 0) & (label < C), label_logit, float("nan"))
+    at_label = tl.where(label >= 0, tl.sum(tl.where(diagonal, tile, 0.0), axis=1), float("nan"))
 
-    # 2. Stream the split: m is the running maximum, l the running sum of exp(logit - m).
-    first = split * SPLIT_C
+    # 3. Stream the split: m is the running maximum, l the running sum of exp(score - m).
     m = tl.full([BLOCK_B], float("-inf"), dtype=tl.float32)
     l = tl.zeros([BLOCK_B], dtype=tl.float32)  # noqa: E741 - the paper's letters
-    place = tl.full([BLOCK_B], first, dtype=tl.int64)
+    place = start
     better = tl.zeros([BLOCK_B], dtype=tl.int64)
-    for start in range(first, tl.minimum(first + SPLIT_C, C), BLOCK_C):
-        c = (start + column).to(tl.int64)
+    for block in range(begin, end, BLOCK_C):
+        c = (block + column).to(tl.int64)
         c_inside = c < C
-        logits = logits_tile(
+        scores = scores_tile(
             features_ptr, features_stride_b, features_stride_d, rows_ptr, rows_stride_c, rows_stride_d, bias_ptr,
             b, b_inside, c, c_inside, D, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
         )  # fmt: skip
-        logits = tl.where(c_inside[None, :], logits, float("-inf"))
+        inside = (c[None, :] >= start[:, None]) & (c[None, :] < stop[:, None])
+        scores = tl.where(inside, scores, float("-inf"))
 
-        # 2a. A later block takes the lead only with a higher logit; within a block the lowest index leads.
-        block_best = tl.max(logits, axis=1)
-        block_place = tl.min(tl.where(logits == block_best[:, None], c[None, :], C), axis=1)
+        # 3a. A later block takes the lead only with a higher score; within a block the lowest row leads.
+        block_best = tl.max(scores, axis=1)
+        block_place = tl.min(tl.where(scores == block_best[:, None], c[None, :], C), axis=1)
         place = tl.where(block_best > m, block_place, place)
 
-        # 2b. Everything that is not beaten by the label beats it, a NaN included.
-        at_label = label_logit[:, None]
-        beaten = (logits < at_label) | ((logits == at_label) & (c[None, :] > label[:, None]))
-        beats = c_inside[None, :] & (c[None, :] != label[:, None]) & (beaten == 0)
+        # 3b. Everything that is not beaten by the label beats it, a NaN included.
+        beaten = (scores < at_label[:, None]) | ((scores == at_label[:, None]) & (c[None, :] >= behind[:, None]))
+        beats = inside & (c[None, :] != label[:, None]) & (beaten == 0)
         better += tl.sum(beats.to(tl.int64), axis=1)
 
-        # 2c. Move the sum to the new maximum. While every logit is -inf the difference would be NaN: stand at 0.
+        # 3c. Move the sum to the new maximum. While every score is -inf the difference would be NaN: stand at 0.
         m_new = tl.maximum(m, block_best)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        l = l * tl.exp(m - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)  # noqa: E741
+        l = l * tl.exp(m - shift) + tl.sum(tl.exp(scores - shift[:, None]), axis=1)  # noqa: E741
         m = m_new
 
-    # 3. Leave what was found.
+    # 4. Leave what was found.
     found = b * S + split
     tl.store(best_ptr + found, m, mask=b_inside)
     tl.store(total_ptr + found, l, mask=b_inside)
     tl.store(place_ptr + found, place, mask=b_inside)
     tl.store(better_ptr + found, better, mask=b_inside)
-    tl.store(label_logit_ptr + b, label_logit, mask=b_inside & (split == 0))
+    tl.store(at_label_ptr + b, at_label, mask=b_inside & (split == 0))
 
 
 @triton.jit
-def softmax_backward_kernel(
+def softmax_weights_kernel(
     features_ptr,  # [B, D]
     features_stride_b,
     features_stride_d,
@@ -166,150 +180,184 @@ def softmax_backward_kernel(
     rows_stride_c,
     rows_stride_d,
     bias_ptr,  # [C], or anything where HAS_BIAS is false
-    labels_ptr,  # [B] int64
+    labels_ptr,  # [B] int64, as forward
+    ranges_ptr,  # [B, 2] int64, or anything where HAS_RANGES is false
     lse_ptr,  # [B] fp32
-    dloss_ptr,  # [B] fp32
-    parts_ptr,  # [wave's blocks, B, D] fp32
-    first,  # the wave's first candidate
+    at_label_ptr,  # [B] fp32, or anything where COUNT is false
+    weights_ptr,  # [B, W] fp32, or anything where WEIGH is false
+    better_ptr,  # [B, W / BLOCK_C] int64, or anything where COUNT is false
+    first,  # the first of the W candidates
+    W,
     B,
     C,
     D,
     HAS_BIAS: tl.constexpr,
+    HAS_RANGES: tl.constexpr,
+    WEIGH: tl.constexpr,
+    COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per (block of examples, block of the wave's candidates).
+    """One program per (block of examples, block of the W candidates).
 
-    loss = lse - logit[label],   d lse / d logit[c] = exp(logit[c] - lse) = p[c],   d logit[c] / d features = rows[c],
-    therefore d features = dloss * sum over c of (p[c] - [c == label]) * rows[c].
+    loss = lse - score[label],  d lse / d score[c] = exp(score[c] - lse),  d score[c] / d features = rows[c],  therefore
+    d loss / d features = sum over c of weight[c] * rows[c]  with  weight[c] = exp(score[c] - lse) - (c == label).
     """
+    block = tl.program_id(1)
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     b_inside = b < B
-    c = (first + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    c_inside = c < C
+    start, stop, low, high = candidates_of(ranges_ptr, b, b_inside, C, HAS_RANGES, BLOCK_B)
+    begin = first + block * BLOCK_C
+    c = (begin + tl.arange(0, BLOCK_C)).to(tl.int64)
+    label = tl.load(labels_ptr + b, mask=b_inside, other=-1)
 
-    # 1. Logits again: reading the rows twice is cheaper than keeping [B, C].
-    logits = logits_tile(
+    # 1. Scores again: reading the rows twice is cheaper than keeping [B, C]. Blocks without candidates read nothing.
+    read = tl.where((begin < high) & (begin + BLOCK_C > low), D, 0)
+    scores = scores_tile(
         features_ptr, features_stride_b, features_stride_d, rows_ptr, rows_stride_c, rows_stride_d, bias_ptr,
-        b, b_inside, c, c_inside, D, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
+        b, b_inside, c, c < C, read, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
+    inside = b_inside[:, None] & (c[None, :] >= start[:, None]) & (c[None, :] < stop[:, None])
 
-    # 2. d loss / d logits; lanes outside [B, C] weigh nothing.
-    label = tl.load(labels_ptr + b, mask=b_inside, other=0)
-    lse = tl.load(lse_ptr + b, mask=b_inside, other=0.0)
-    dloss = tl.load(dloss_ptr + b, mask=b_inside, other=0.0)
-    weight = tl.exp(logits - lse[:, None]) - (c[None, :] == label[:, None]).to(tl.float32)
-    weight = tl.where(b_inside[:, None] & c_inside[None, :], weight * dloss[:, None], 0.0)
+    # 2. What is wanted of them.
+    if WEIGH:
+        lse = tl.load(lse_ptr + b, mask=b_inside, other=0.0)
+        weight = tl.exp(scores - lse[:, None]) - (c[None, :] == label[:, None]).to(tl.float32)
+        weight = tl.where(inside, weight, 0.0)
+        place = b[:, None] * W + block * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        tl.store(weights_ptr + place, weight, mask=b_inside[:, None] & (c[None, :] < C))
+    if COUNT:
+        at_label = tl.load(at_label_ptr + b, mask=b_inside, other=0.0)
+        behind = tl.where(label >= 0, label + 1, -1 - label)
+        beaten = (scores < at_label[:, None]) | ((scores == at_label[:, None]) & (c[None, :] >= behind[:, None]))
+        beats = inside & (c[None, :] != label[:, None]) & (beaten == 0)
+        tl.store(better_ptr + b * tl.num_programs(1) + block, tl.sum(beats.to(tl.int64), axis=1), mask=b_inside)
 
-    # 3. This block's part of the gradient. Parts are summed in torch, in order: no atomics.
-    part_ptr = parts_ptr + tl.program_id(1).to(tl.int64) * B * D
-    for start in range(0, D, BLOCK_D):
-        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        d_inside = d < D
-        w = tl.load(
+
+@triton.jit
+def weighted_rows_kernel(
+    weights_ptr,  # [B, W] fp32
+    rows_ptr,  # [C, D]
+    rows_stride_c,
+    rows_stride_d,
+    ranges_ptr,  # [B, 2] int64, or anything where HAS_RANGES is false
+    parts_ptr,  # [W / PRODUCT_C, B, D] fp32
+    first,
+    width,  # how many of the W candidates there are
+    W,
+    B,
+    D,
+    HAS_RANGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRODUCT_C: tl.constexpr,
+):
+    """One program per (block of examples, block of D, PRODUCT_C of the candidates): its part of weights @ rows."""
+    part = tl.program_id(2)
+    b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    b_inside = b < B
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    d_inside = d < D
+    _, _, low, high = candidates_of(ranges_ptr, b, b_inside, first + width, HAS_RANGES, BLOCK_B)
+    begin, end = part * PRODUCT_C, tl.minimum((part + 1) * PRODUCT_C, width)
+    end = tl.where((first + begin < high) & (first + end > low), end, begin)  # no candidates, no work
+
+    total = tl.zeros([BLOCK_B, BLOCK_D], dtype=tl.float32)
+    for block in range(begin, end, BLOCK_C):
+        w = block + tl.arange(0, BLOCK_C)
+        w_inside = w < width
+        weight = tl.load(
+            weights_ptr + b[:, None] * W + w[None, :], mask=b_inside[:, None] & w_inside[None, :], other=0.0
+        )
+        c = (first + w).to(tl.int64)
+        row = tl.load(
             rows_ptr + c[:, None] * rows_stride_c + d[None, :] * rows_stride_d,
-            mask=c_inside[:, None] & d_inside[None, :],
+            mask=w_inside[:, None] & d_inside[None, :],
             other=0.0,
         )
-        part = tl.dot(weight, w.to(tl.float32), input_precision=PRECISION)
-        tl.store(part_ptr + b[:, None] * D + d[None, :], part, mask=b_inside[:, None] & d_inside[None, :])
+        total = tl.dot(weight, row.to(tl.float32), total, input_precision=PRECISION)
+    place = (part * B + b[:, None]) * D + d[None, :]
+    tl.store(parts_ptr + place, total, mask=b_inside[:, None] & d_inside[None, :])
 
 
-def verbalizer_softmax(
-    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """features [B, D], rows [C, D], labels [B] int64, bias [C] or None -> loss [B] fp32, rank [B], prediction [B].
+def softmax_forward(
+    features: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ranges: Tensor | None,
+    at_label: Tensor,
+    best: Tensor,
+    total: Tensor,
+    place: Tensor,
+    better: Tensor,
+) -> None:
+    (B, D), C, S = features.shape, rows.shape[0], best.shape[1]
+    inputs = _inputs(features, rows, bias, labels, ranges)
+    with torch.cuda.device_of(features):
+        softmax_forward_kernel[(triton.cdiv(B, BLOCK_B), S)](
+            *inputs, at_label, best, total, place, better, B, C, D, S, **_switches(features, rows, bias, ranges),
+            SPLIT_C=SPLIT_C,
+        )  # fmt: skip
 
-    As reference.verbalizer_softmax, except that a label outside 0..C-1 gives a loss of NaN and rank C.
-    """
-    detached = None if bias is None else bias.detach()
-    loss, rank, prediction, _ = torch.ops.megaptune.verbalizer_softmax(features, rows.detach(), labels, detached)
-    return loss, rank, prediction
 
-
-def _forward(
-    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def softmax_weights(
+    features: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ranges: Tensor | None,
+    lse: Tensor,
+    at_label: Tensor | None,
+    first: int,
+    weights: Tensor | None,
+    better: Tensor | None,
+) -> None:
     (B, D), C = features.shape, rows.shape[0]
-    S = triton.cdiv(C, SPLIT_C)
-    best, total = features.new_empty(2, B, S, dtype=torch.float32)
-    place, better = labels.new_empty(2, B, S)
-    label_logit = features.new_empty(B, dtype=torch.float32)
-    if B:
-        inputs = _kernel_inputs(features, rows, labels, bias)
-        with torch.cuda.device_of(features):
-            softmax_forward_kernel[(triton.cdiv(B, BLOCK_B), S)](
-                *inputs, label_logit, best, total, place, better, B, C, D, S, **_switches(features, rows, bias),
-                SPLIT_C=SPLIT_C,
-            )  # fmt: skip
-    lse = torch.logsumexp(best + total.log(), dim=1)
-    leader = best.argmax(dim=1, keepdim=True)  # the first of equals: the split with the lowest indices
-    return lse - label_logit, better.sum(dim=1), place.gather(1, leader).squeeze(1), lse
+    inputs = *_inputs(features, rows, bias, labels, ranges), lse.contiguous()
+    at_label_ = lse if at_label is None else at_label.contiguous()
+    outputs = lse if weights is None else weights, labels if better is None else better
+    width = 0 if weights is None else weights.shape[1]
+    blocks = better.shape[1] if better is not None else triton.cdiv(min(C - first, width), BLOCK_C)
+    with torch.cuda.device_of(features):
+        softmax_weights_kernel[(triton.cdiv(B, BLOCK_B), blocks)](
+            *inputs, at_label_, *outputs, first, width, B, C, D, **_switches(features, rows, bias, ranges),
+            WEIGH=weights is not None, COUNT=better is not None,
+        )  # fmt: skip
 
 
-def _backward(
-    dloss: Tensor, features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None, lse: Tensor
-) -> Tensor:
-    (B, D), C = features.shape, rows.shape[0]
-    total = features.new_zeros(B, D, dtype=torch.float32)
-    if total.numel():
-        inputs = _kernel_inputs(features, rows, labels, bias)
-        parts = total.new_empty(triton.cdiv(min(C, WAVE_C), BLOCK_C), B, D)
-        for first in range(0, C, WAVE_C):
-            blocks = triton.cdiv(min(C - first, WAVE_C), BLOCK_C)
-            with torch.cuda.device_of(features):
-                softmax_backward_kernel[(triton.cdiv(B, BLOCK_B), blocks)](
-                    *inputs, lse, dloss.contiguous(), parts, first, B, C, D, **_switches(features, rows, bias)
-                )
-            total += parts[:blocks].sum(dim=0)
-    return total.to(features.dtype)
+def weighted_rows(
+    weights: Tensor, rows: Tensor, ranges: Tensor | None, first: int, width: int, exact: bool, parts: Tensor
+) -> None:
+    _, B, D = parts.shape
+    grid = triton.cdiv(B, BLOCK_B), triton.cdiv(D, PRODUCT_BLOCK_D), triton.cdiv(width, PRODUCT_C)
+    with torch.cuda.device_of(weights):
+        weighted_rows_kernel[grid](
+            weights, rows, *rows.stride(), weights if ranges is None else ranges, parts,
+            first, width, weights.shape[1], B, D, HAS_RANGES=ranges is not None, PRECISION="ieee" if exact else "tf32",
+            BLOCK_B=BLOCK_B, BLOCK_C=PRODUCT_BLOCK_C, BLOCK_D=PRODUCT_BLOCK_D, PRODUCT_C=PRODUCT_C,
+        )  # fmt: skip
 
 
-def _kernel_inputs(features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+def _inputs(
+    features: Tensor, rows: Tensor, bias: Tensor | None, labels: Tensor, ranges: Tensor | None
+) -> tuple[Any, ...]:
     bias = features if bias is None else bias.contiguous()
-    return features, *features.stride(), rows, *rows.stride(), bias, labels.contiguous()
+    ranges = labels if ranges is None else ranges.contiguous()
+    return features, *features.stride(), rows, *rows.stride(), bias, labels.contiguous(), ranges
 
 
-def _switches(features: Tensor, rows: Tensor, bias: Tensor | None) -> dict[str, Any]:
+def _switches(features: Tensor, rows: Tensor, bias: Tensor | None, ranges: Tensor | None) -> dict[str, Any]:
     precision = "ieee" if torch.float32 in (features.dtype, rows.dtype) else "tf32"
     return {
         "HAS_BIAS": bias is not None,
+        "HAS_RANGES": ranges is not None,
         "PRECISION": precision,
         "BLOCK_B": BLOCK_B,
         "BLOCK_C": BLOCK_C,
         "BLOCK_D": BLOCK_D[precision],
     }
-
-
-def _fake_forward(
-    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss = features.new_empty(features.shape[0], dtype=torch.float32)
-    return loss, torch.empty_like(labels), torch.empty_like(labels), torch.empty_like(loss)
-
-
-def _fake_backward(
-    dloss: Tensor, features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None, lse: Tensor
-) -> Tensor:
-    return features.new_empty(features.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, rank, prediction, lse = output
-    ctx.mark_non_differentiable(rank, prediction, lse)
-    ctx.save_for_backward(*inputs, lse)
-
-
-def _autograd(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
-    return torch.ops.megaptune.verbalizer_softmax_backward(dloss, *ctx.saved_tensors), None, None, None
-
-
-# A file imported under two names must not define the op twice: torch would drop the first definition.
-if not hasattr(torch.ops.megaptune, "verbalizer_softmax"):
-    _op = torch.library.custom_op("megaptune::verbalizer_softmax", _forward, mutates_args=())
-    _op.register_fake(_fake_forward)
-    _op.register_autograd(_autograd, setup_context=_setup_context)
-    _op_backward = torch.library.custom_op("megaptune::verbalizer_softmax_backward", _backward, mutates_args=())
-    _op_backward.register_fake(_fake_backward)

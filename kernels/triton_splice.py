@@ -1,9 +1,7 @@
-"""prompt_splice in Triton: one gather forward, one ordered sum backward. Its meaning: reference.prompt_splice.
+"""prompt_splice in Triton: one gather forward, one ordered sum backward. What launches it: streaming.py.
 
 B examples, T tokens, N = B * T positions, R table rows, D backbone width, V vocabulary.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -89,62 +87,20 @@ def splice_backward_kernel(
     tl.store(out_ptr + r * D + d, total * scale, mask=inside)
 
 
-def prompt_splice(slots: Tensor, vocab_weight: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
-    """slots [B, T] int64, vocab_weight [V, D], table [R, D] fp32 -> [B, T, D] in vocab_weight's dtype.
-
-    As reference.prompt_splice, except that a slot outside the vocabulary or the table gives a row of NaN.
-    """
-    return torch.ops.megaptune.prompt_splice(slots, vocab_weight.detach(), table, float(scale))
-
-
-def _forward(slots: Tensor, vocab_weight: Tensor, table: Tensor, scale: float) -> Tensor:
+def splice_forward(slots: Tensor, vocab_weight: Tensor, table: Tensor, scale: float, out: Tensor) -> None:
     (V, D), R = vocab_weight.shape, table.shape[0]
-    out = _fake_forward(slots, vocab_weight, table, scale)
-    if out.numel():
-        grid = (slots.numel(), triton.cdiv(D, FORWARD_BLOCK_D))
-        block_d = min(FORWARD_BLOCK_D, triton.next_power_of_2(D))
-        vocab, table_ = (vocab_weight, *vocab_weight.stride()), (table, *table.stride())
-        with torch.cuda.device_of(out):
-            splice_forward_kernel[grid](slots.reshape(-1), *vocab, *table_, out, scale, V, R, D, BLOCK_D=block_d)
-    return out
+    grid = (slots.numel(), triton.cdiv(D, FORWARD_BLOCK_D))
+    block_d = min(FORWARD_BLOCK_D, triton.next_power_of_2(D))
+    inputs = slots, vocab_weight, *vocab_weight.stride(), table, *table.stride()
+    with torch.cuda.device_of(out):
+        splice_forward_kernel[grid](*inputs, out, scale, V, R, D, BLOCK_D=block_d)
 
 
-def _backward(slots: Tensor, grad: Tensor, R: int, scale: float) -> Tensor:
-    out = _fake_backward(slots, grad, R, scale)
-    if out.numel():
-        D = grad.shape[-1]
-        block_d = min(BACKWARD_BLOCK_D, triton.next_power_of_2(D))
-        block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(max(slots.numel(), 1)))
-        grid = (R, triton.cdiv(D, block_d))
-        arguments = slots.reshape(-1), grad.contiguous(), out, scale, slots.numel(), D
-        with torch.cuda.device_of(out):
-            splice_backward_kernel[grid](*arguments, BLOCK_N=block_n, BLOCK_D=block_d)
-    return out
-
-
-def _fake_forward(slots: Tensor, vocab_weight: Tensor, table: Tensor, scale: float) -> Tensor:
-    return vocab_weight.new_empty(*slots.shape, vocab_weight.shape[1])
-
-
-def _fake_backward(slots: Tensor, grad: Tensor, R: int, scale: float) -> Tensor:
-    return grad.new_empty(R, grad.shape[-1], dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    slots, _, table, ctx.scale = inputs
-    ctx.save_for_backward(slots)
-    ctx.num_rows = table.shape[0]
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
-    (slots,) = ctx.saved_tensors
-    return None, None, torch.ops.megaptune.prompt_splice_backward(slots, grad, ctx.num_rows, ctx.scale), None
-
-
-# A file imported under two names must not define the op twice: torch would drop the first definition.
-if not hasattr(torch.ops.megaptune, "prompt_splice"):
-    _op = torch.library.custom_op("megaptune::prompt_splice", _forward, mutates_args=())
-    _op.register_fake(_fake_forward)
-    _op.register_autograd(_autograd, setup_context=_setup_context)
-    _op_backward = torch.library.custom_op("megaptune::prompt_splice_backward", _backward, mutates_args=())
-    _op_backward.register_fake(_fake_backward)
+def splice_backward(slots: Tensor, grad: Tensor, scale: float, out: Tensor) -> None:
+    (R, D), N = out.shape, slots.numel()
+    block_d = min(BACKWARD_BLOCK_D, triton.next_power_of_2(D))
+    block_n = min(BACKWARD_BLOCK_N, triton.next_power_of_2(max(N, 1)))
+    with torch.cuda.device_of(out):
+        splice_backward_kernel[(R, triton.cdiv(D, block_d))](
+            slots, grad, out, scale, N, D, BLOCK_N=block_n, BLOCK_D=block_d
+        )

@@ -10,18 +10,18 @@ import sys
 import numpy as np
 import torch
 
-__all__ = ["ON_GPU", "prompt_splice", "verbalizer_softmax"]
+__all__ = ["ON_GPU", "triton_ops"]
 
 ON_GPU = torch.cuda.is_available()
 
 if ON_GPU:
-    from megaptune.kernels import prompt_splice, verbalizer_softmax
+    from megaptune.kernels import triton_ops
 else:
     before = os.environ.get("TRITON_INTERPRET")
     if before != "1" and "triton" in sys.modules:
         raise RuntimeError("something imported triton before its interpreter could be asked for")
     os.environ["TRITON_INTERPRET"] = "1"
-    from megaptune.kernels import prompt_splice, verbalizer_softmax
+    from megaptune.kernels import triton_ops
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]

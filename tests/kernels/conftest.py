@@ -1,12 +1,11 @@
 """Where the kernels run: on the GPU where there is one, else in Triton's interpreter."""
 
-from types import ModuleType
-
 import pytest
 import torch
-from interpreted_kernels import ON_GPU, prompt_splice, verbalizer_softmax
+from interpreted_kernels import ON_GPU
 
-from megaptune.kernels import dispatch, reference
+from megaptune.kernels import dispatch
+from megaptune.kernels.registration import REGISTERED, Ops
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +27,6 @@ def device() -> torch.device:
 
 
 @pytest.fixture(params=["reference", "triton"])
-def splice(request: pytest.FixtureRequest) -> ModuleType:
-    """The file under test: its ``prompt_splice``."""
-    return reference if request.param == "reference" else prompt_splice
-
-
-@pytest.fixture(params=["reference", "triton"])
-def softmax(request: pytest.FixtureRequest) -> ModuleType:
-    """The file under test: its ``verbalizer_softmax``."""
-    return reference if request.param == "reference" else verbalizer_softmax
+def ops(request: pytest.FixtureRequest) -> Ops:
+    """The implementation under test."""
+    return REGISTERED[request.param]
