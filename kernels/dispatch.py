@@ -1,7 +1,7 @@
-"""The two ops as the trainer calls them: plain torch on a CPU, Triton on CUDA.
+"""The ops as the rest of the program calls them: plain torch on a CPU, Triton or CUDA C++ on CUDA.
 
-The only file of this folder that the rest of the program imports. Triton is imported when an op first needs it: an
-installation without a GPU has none.
+The only file of this folder that the rest of the program imports. Triton, and what csrc/ is built into, are imported
+when an op first needs them: an installation without a GPU has neither.
 
 B examples, T tokens, R table rows, D backbone width, V vocabulary, C candidates.
 """
@@ -14,10 +14,10 @@ import os
 import torch
 from torch import Tensor
 
-from . import reference  # noqa: F401
+from . import reference  # noqa: F401  registers its ops
 from .registration import REGISTERED, Ops
 
-IMPLEMENTATIONS = ("auto", "reference", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "triton", "cuda")
 OPS = ("prompt_splice", "verbalizer_softmax")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,29 +34,38 @@ def choose(implementation: str = "auto", require: bool = False) -> None:
     implementation  "auto": Triton for CUDA tensors where it is installed, else plain torch
                     "reference": plain torch everywhere
                     "triton": Triton or an error
+                    "cuda": CUDA C++, built now unless it has been already, or an error
     require         with "auto": an error now, and at any later call, where plain torch would have been taken
 
-    Raises ValueError for an unknown name, for "reference" with ``require``, and where Triton is asked for but not
-    usable on this machine: not installed, or no CUDA device (TRITON_INTERPRET=1 runs its kernels on a CPU, slowly).
+    Raises ValueError for an unknown name, for "reference" with ``require``, and where kernels are asked for but not
+    usable on this machine: no CUDA device (TRITON_INTERPRET=1 runs Triton's on a CPU, slowly), Triton not installed, no
+    compiler for csrc/ or one that fails.
     """
     global _chosen
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"kernel implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if require and implementation == "reference":
-        raise ValueError("kernels that are required to be Triton cannot also be 'reference': drop one of the two")
-    wanted = "triton" if require else implementation
-    if wanted == "triton":
-        problem = _why_not_triton(_current_device())
+        raise ValueError("kernels that are required cannot also be 'reference': drop one of the two")
+    wanted = "triton" if require and implementation == "auto" else implementation
+    if wanted in ("triton", "cuda"):
+        problem = _why_not(wanted, _current_device())
         if problem:
             raise ValueError(problem)
+    if wanted == "cuda":
+        try:
+            _load("cuda")
+        except RuntimeError as error:
+            raise ValueError(f"the CUDA kernels could not be built: {error}") from None
     _chosen = wanted
 
 
 def describe(device: torch.device | str | None = None) -> dict[str, str]:
     """What each op gets on ``device`` (default: CUDA where there is one), such as {"prompt_splice": "triton 3.7.1"}."""
-    found = _pick(_current_device() if device is None else torch.device(device).type)
+    found = _pick(_current_device() if device is None else torch.device(device).type, _chosen)
     if found == "triton":
         found += f" {importlib.metadata.version('triton')}" + (", interpreted" if _interpreted() else "")
+    if found == "cuda":
+        found += f" {torch.version.cuda}"
     return dict.fromkeys(OPS, found)
 
 
@@ -149,34 +158,51 @@ def _check_candidates(
 
 
 def _ops(device: str) -> Ops:
-    return REGISTERED[_imported(device)]
+    return REGISTERED[_imported(device, _chosen)]
 
 
 @torch.compiler.assume_constant_result
-def _imported(device: str) -> str:
-    """The implementation for ``device``, imported when it is first needed."""
-    found = _pick(device)
-    if found == "triton":
-        from . import triton_ops  # noqa: F401
+def _imported(device: str, chosen: str) -> str:
+    """The implementation that ``device`` gets when ``chosen``; imported when it is first needed."""
+    found = _pick(device, chosen)
+    _load(found)
     return found
 
 
-def _pick(device: str) -> str:
-    if _chosen == "auto":
+def _load(implementation: str) -> None:
+    if implementation in REGISTERED:
+        return
+    if implementation == "triton":
+        from . import triton_ops  # noqa: F401
+    else:
+        from . import cuda_ops
+
+        cuda_ops.implemented()
+
+
+def _pick(device: str, chosen: str) -> str:
+    if chosen == "auto":
         if device != "cuda":
             return "reference"
         if not TRITON_IS_INSTALLED:
             _say_once_that_triton_is_missing()
             return "reference"
         return "triton"
-    if _chosen == "triton":
-        problem = _why_not_triton(device)
+    if chosen != "reference":
+        problem = _why_not(chosen, device)
         if problem:
             raise ValueError(problem)
-    return _chosen
+    return chosen
 
 
-def _why_not_triton(device: str) -> str | None:
+def _why_not(implementation: str, device: str) -> str | None:
+    if implementation == "cuda":
+        if device != "cuda":
+            return f"CUDA kernels were asked for on {device}, but they need CUDA: set kernels to 'auto'"
+        from . import cuda_extension
+
+        problem = None if "cuda" in REGISTERED else cuda_extension.why_not()
+        return problem and f"CUDA kernels were asked for, but {problem}; or set kernels to 'auto'"
     if not TRITON_IS_INSTALLED:
         return "Triton kernels were asked for, but triton is not installed: install it, or set kernels to 'auto'"
     if device != "cuda" and not _interpreted():

@@ -180,10 +180,11 @@ class LaunchConfig(Section):
 
 
 class KernelConfig(Section):
-    implementation: Literal["auto", "reference", "triton"] = Field(
-        "auto", description="auto: Triton on CUDA, plain torch on CPU"
+    implementation: Literal["auto", "reference", "triton", "cuda"] = Field(
+        "auto",
+        description="auto: Triton on CUDA, plain torch on CPU; cuda: CUDA C++, which nvcc compiles at the first run",
     )
-    require: bool = Field(False, description="an error instead of the plain path when Triton cannot be used")
+    require: bool = Field(False, description="an error instead of the plain path when kernels cannot be used")
 
 
 class Config(Section):

@@ -86,7 +86,7 @@ def test_what_lies_outside_a_range_does_not_count(ops, device) -> None:
     ("span", "label"),
     [([5, 5], 0), ([0, 0], 0), ([70, 70], 0), ([5, 9], 4), ([5, 9], -1), ([66, 71], 0), ([-1, 5], 0), ([9, 5], 0)],
 )
-def test_no_candidates_or_wrong_ones(span, label, device) -> None:
+def test_no_candidates_or_wrong_ones(kernels, span, label, device) -> None:
     """An example without candidates has no right answer, as one whose label is none of them: plain torch refuses, the
     kernels give a NaN that the trainer stops at, and no hit. The other examples are not touched."""
     features, rows, labels, _ = make(3, 70, 7, torch.float32, device)
@@ -95,24 +95,15 @@ def test_no_candidates_or_wrong_ones(span, label, device) -> None:
     with pytest.raises(IndexError, match="is none of its example's|lies outside the 70 candidate rows"):
         reference.verbalizer_softmax(features, rows, labels, None, ranges)
     alone = reference.verbalizer_softmax(features[::2], rows, labels[::2])
-    for ops in kernels():
-        loss, rank, prediction = ops.verbalizer_softmax(features, rows, labels, None, ranges)
-        assert loss.isnan().tolist() == [False, True, False]
-        assert rank[1] > 0
-        torch.testing.assert_close(loss[::2], alone[0])
-        assert torch.equal(rank[::2], alone[1])
-        assert torch.equal(prediction[::2], alone[2])
+    loss, rank, prediction = kernels.verbalizer_softmax(features, rows, labels, None, ranges)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert rank[1] > 0
+    torch.testing.assert_close(loss[::2], alone[0])
+    assert torch.equal(rank[::2], alone[1])
+    assert torch.equal(prediction[::2], alone[2])
 
 
-def kernels() -> list:
-    from megaptune.kernels.registration import REGISTERED
-
-    return [ops for name, ops in REGISTERED.items() if name != "reference"]
-
-
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
-def test_passes_through_compile_whole(implementation, device) -> None:
-    dispatch.choose(implementation)
+def test_passes_through_compile_whole(choose, device) -> None:
     features, rows, labels, bias = make(3, 70, 7, torch.float32, device)
     ranges = torch.tensor([[0, 70], [3, 70], [0, 69]], device=device)
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megaptune.kernels import dispatch, reference
-from megaptune.kernels.triton_ops import ops as triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (B, T, V, R, D): each B of 1, 3, 17 and D of 1, 7, 64, 576; D past one forward block; more positions than one block
@@ -61,12 +60,12 @@ def test_values_and_gradient(ops, shape, dtype, scale, device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_are_equal_to_the_bit(dtype, device) -> None:
+def test_gradients_are_equal_to_the_bit(kernels, dtype, device) -> None:
     slots, vocab_weight, table = make(3, 350, 40, 4, 37, dtype, device)
     weight = torch.randn(3, 350, 37).to(device, dtype)
     inputs = slots, vocab_weight, table, 24.1
-    (first,) = torch.autograd.grad(triton.prompt_splice(*inputs), table, weight)
-    (again,) = torch.autograd.grad(triton.prompt_splice(*inputs), table, weight)
+    (first,) = torch.autograd.grad(kernels.prompt_splice(*inputs), table, weight)
+    (again,) = torch.autograd.grad(kernels.prompt_splice(*inputs), table, weight)
     assert torch.equal(first, again)
 
     on_cpu = slots.cpu(), vocab_weight.cpu(), table.detach().cpu().requires_grad_(), 24.1
@@ -153,11 +152,11 @@ def test_only_the_table_gets_a_gradient(ops, device) -> None:
 
 
 @pytest.mark.parametrize("slot", [5, 1000, -3, -1000])
-def test_a_slot_outside_is_seen(slot, device) -> None:
+def test_a_slot_outside_is_seen(kernels, slot, device) -> None:
     slots, vocab_weight, table = torch.tensor([[slot, -2, 4]]), torch.ones(5, 7), torch.ones(2, 7)
     with pytest.raises(IndexError):
         reference.prompt_splice(slots, vocab_weight, table)
-    embeds = triton.prompt_splice(slots.to(device), vocab_weight.to(device), table.to(device))
+    embeds = kernels.prompt_splice(slots.to(device), vocab_weight.to(device), table.to(device))
     assert embeds[0, 0].isnan().all()
     assert (embeds[0, 1:] == 1).all()
 
@@ -178,9 +177,7 @@ def test_is_a_well_formed_custom_op(ops, device) -> None:
     torch.library.opcheck(backward, (slots, torch.randn(3, 5, 7).to(device), 2, 2.0))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
-def test_passes_through_compile_whole(implementation, device) -> None:
-    dispatch.choose(implementation)
+def test_passes_through_compile_whole(choose, device) -> None:
     slots, vocab_weight, table = make(3, 5, 9, 2, 7, torch.float32, device)
 
     def loss(slots: Tensor, table: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from candidates import DTYPES, GRADIENT_TOLERANCE, make
 from torch import Tensor
 
 from megaptune.kernels import dispatch, reference
-from megaptune.kernels.triton_ops import ops as triton
 
 LOSS_TOLERANCE = 2e-5
 # (B, C, D, bias?): every B of 1, 3, 17, C of 1, 2, 5, 1000 and D of 1, 7, 64, 576, and then two waves of candidates
@@ -124,13 +123,13 @@ def test_many_ties(ops, dtype, device) -> None:
     check(ops, features, rows, torch.randint(0, 600, (9,), generator=generator).to(device))
 
 
-def test_equal_rows_tie_although_logits_are_rounded(device) -> None:
+def test_equal_rows_tie_although_logits_are_rounded(kernels, device) -> None:
     """Triton compares the label with a logit computed elsewhere: candidates 64 or 512 apart must still be equal."""
     features, rows, _, _ = make(3, 64, 100, torch.float32, device)
     rows = rows.repeat(10, 1)
     best = plain(features, rows, torch.zeros(3, dtype=torch.int64, device=device), None)[2]
     for copy in range(10):
-        _, rank, prediction = triton.verbalizer_softmax(features, rows, best + 64 * copy)
+        _, rank, prediction = kernels.verbalizer_softmax(features, rows, best + 64 * copy)
         assert rank.tolist() == [copy] * 3
         assert torch.equal(prediction, best)
 
@@ -173,12 +172,12 @@ def test_nan_never_scores_a_hit(ops, device) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 70, 10**9])
-def test_a_label_outside_is_seen(label, device) -> None:
+def test_a_label_outside_is_seen(kernels, label, device) -> None:
     features, rows, labels, _ = make(3, 70, 7, torch.float32, device)
     labels[1] = label
     with pytest.raises(IndexError):
         reference.verbalizer_softmax(features.cpu(), rows.cpu(), labels.cpu())
-    loss, rank, _ = triton.verbalizer_softmax(features, rows, labels)
+    loss, rank, _ = kernels.verbalizer_softmax(features, rows, labels)
     assert loss.isnan().tolist() == [False, True, False]
     assert rank[1] == 70
 
@@ -237,18 +236,18 @@ def test_only_the_features_get_a_gradient(ops, device) -> None:
         assert all(torch.equal(a, b) for a, b in zip(without, (loss, rank, prediction), strict=True))
 
 
-def test_an_example_does_not_depend_on_its_batch(device) -> None:
+def test_an_example_does_not_depend_on_its_batch(kernels, device) -> None:
     features, rows, labels, bias = make(17, 600, 64, torch.float32, device)
-    together = triton.verbalizer_softmax(features, rows, labels, bias)
-    alone = triton.verbalizer_softmax(features[16:], rows, labels[16:], bias)
+    together = kernels.verbalizer_softmax(features, rows, labels, bias)
+    alone = kernels.verbalizer_softmax(features[16:], rows, labels[16:], bias)
     assert all(torch.equal(a[16:], b) for a, b in zip(together, alone, strict=True))
 
 
-def test_logits_are_not_kept_for_backward(device) -> None:
+def test_logits_are_not_kept_for_backward(kernels, device) -> None:
     features, rows, labels, _ = make(3, 1000, 7, torch.float32, device)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        triton.verbalizer_softmax(features, rows, labels)
+        kernels.verbalizer_softmax(features, rows, labels)
     assert [tuple(tensor.shape) for tensor in kept] == [(3, 7)]  # the gradient itself
 
 
@@ -272,9 +271,7 @@ def test_is_a_well_formed_custom_op(ops, wanted, device) -> None:
     torch.library.opcheck(op, (features, rows, labels % 2, None, ranges, True))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
-def test_passes_through_compile_whole(implementation, device) -> None:
-    dispatch.choose(implementation)
+def test_passes_through_compile_whole(choose, device) -> None:
     features, rows, labels, bias = make(3, 70, 7, torch.float32, device)
 
     def loss(features: Tensor) -> tuple[Tensor, Tensor]:
