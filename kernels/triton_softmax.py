@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .streaming import BLOCK_B, BLOCK_C, PRODUCT_C, SPLIT_C
 
-BLOCK_D = {"ieee": 32, "tf32": 64}  # 128 bytes of a row; twice that spills registers with strided fp32 rows
+BLOCK_D = {"ieee": 16, "tf32": 64}  # as much of a row at a time as registers hold; more of fp32 rows spills
 PRODUCT_BLOCK_C, PRODUCT_BLOCK_D = 32, 64
 
 
@@ -66,14 +66,14 @@ def scores_tile(
 
 @triton.jit
 def candidates_of(ranges_ptr, b, b_inside, C, HAS_RANGES: tl.constexpr, BLOCK_B: tl.constexpr):
-    """First candidate and end of each example of a block, and of all of them together."""
+    """First candidate and end of each example of a block, and of all of them together; int32, which saves registers."""
     if HAS_RANGES:
-        start = tl.load(ranges_ptr + 2 * b, mask=b_inside, other=0)
-        stop = tl.load(ranges_ptr + 2 * b + 1, mask=b_inside, other=0)
+        start = tl.load(ranges_ptr + 2 * b, mask=b_inside, other=0).to(tl.int32)
+        stop = tl.load(ranges_ptr + 2 * b + 1, mask=b_inside, other=0).to(tl.int32)
         some = b_inside & (start < stop)
         return start, stop, tl.min(tl.where(some, start, C)), tl.max(tl.where(some, stop, 0))
     else:
-        zero = tl.zeros([BLOCK_B], dtype=tl.int64)
+        zero = tl.zeros([BLOCK_B], dtype=tl.int32)
         return zero, zero + C, tl.min(zero), tl.max(zero + C)
 
 
@@ -109,7 +109,7 @@ def softmax_forward_kernel(
     split = tl.program_id(1)
     b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     b_inside = b < B
-    label = tl.load(labels_ptr + b, mask=b_inside, other=-1)
+    label = tl.load(labels_ptr + b, mask=b_inside, other=-1).to(tl.int32)
     behind = tl.where(label >= 0, label + 1, -1 - label)  # candidates from here on lose a tie against the label
     start, stop, low, high = candidates_of(ranges_ptr, b, b_inside, C, HAS_RANGES, BLOCK_B)
     column = tl.arange(0, BLOCK_C)
@@ -122,7 +122,7 @@ def softmax_forward_kernel(
     # 2. The label's score, as the diagonal of a tile whose column j is the label of example j. A tile of the same shape
     #    runs the same instructions as those below, so equal rows have equal scores and ties are seen as ties.
     owner = tl.program_id(0) * BLOCK_B + column
-    owner_label = tl.load(labels_ptr + owner, mask=(column < BLOCK_B) & (owner < B), other=-1)
+    owner_label = tl.load(labels_ptr + owner, mask=(column < BLOCK_B) & (owner < B), other=-1)  # int64
     read = tl.where((begin < end) | (split == 0), D, 0)
     tile = scores_tile(
         features_ptr, features_stride_b, features_stride_d, rows_ptr, rows_stride_c, rows_stride_d, bias_ptr,
@@ -135,13 +135,12 @@ def softmax_forward_kernel(
     m = tl.full([BLOCK_B], float("-inf"), dtype=tl.float32)
     l = tl.zeros([BLOCK_B], dtype=tl.float32)  # noqa: E741 - the paper's letters
     place = start
-    better = tl.zeros([BLOCK_B], dtype=tl.int64)
+    better = tl.zeros([BLOCK_B], dtype=tl.int32)
     for block in range(begin, end, BLOCK_C):
-        c = (block + column).to(tl.int64)
-        c_inside = c < C
+        c = block + column
         scores = scores_tile(
             features_ptr, features_stride_b, features_stride_d, rows_ptr, rows_stride_c, rows_stride_d, bias_ptr,
-            b, b_inside, c, c_inside, D, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
+            b, b_inside, c.to(tl.int64), c < C, D, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         inside = (c[None, :] >= start[:, None]) & (c[None, :] < stop[:, None])
         scores = tl.where(inside, scores, float("-inf"))
@@ -154,7 +153,7 @@ def softmax_forward_kernel(
         # 3b. Everything that is not beaten by the label beats it, a NaN included.
         beaten = (scores < at_label[:, None]) | ((scores == at_label[:, None]) & (c[None, :] >= behind[:, None]))
         beats = inside & (c[None, :] != label[:, None]) & (beaten == 0)
-        better += tl.sum(beats.to(tl.int64), axis=1)
+        better += tl.sum(beats.to(tl.int32), axis=1)
 
         # 3c. Move the sum to the new maximum. While every score is -inf the difference would be NaN: stand at 0.
         m_new = tl.maximum(m, block_best)
@@ -166,8 +165,8 @@ def softmax_forward_kernel(
     found = b * S + split
     tl.store(best_ptr + found, m, mask=b_inside)
     tl.store(total_ptr + found, l, mask=b_inside)
-    tl.store(place_ptr + found, place, mask=b_inside)
-    tl.store(better_ptr + found, better, mask=b_inside)
+    tl.store(place_ptr + found, place.to(tl.int64), mask=b_inside)
+    tl.store(better_ptr + found, better.to(tl.int64), mask=b_inside)
     tl.store(at_label_ptr + b, at_label, mask=b_inside & (split == 0))
 
 
@@ -210,14 +209,14 @@ def softmax_weights_kernel(
     b_inside = b < B
     start, stop, low, high = candidates_of(ranges_ptr, b, b_inside, C, HAS_RANGES, BLOCK_B)
     begin = first + block * BLOCK_C
-    c = (begin + tl.arange(0, BLOCK_C)).to(tl.int64)
-    label = tl.load(labels_ptr + b, mask=b_inside, other=-1)
+    c = begin + tl.arange(0, BLOCK_C)
+    label = tl.load(labels_ptr + b, mask=b_inside, other=-1).to(tl.int32)
 
     # 1. Scores again: reading the rows twice is cheaper than keeping [B, C]. Blocks without candidates read nothing.
     read = tl.where((begin < high) & (begin + BLOCK_C > low), D, 0)
     scores = scores_tile(
         features_ptr, features_stride_b, features_stride_d, rows_ptr, rows_stride_c, rows_stride_d, bias_ptr,
-        b, b_inside, c, c < C, read, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
+        b, b_inside, c.to(tl.int64), c < C, read, HAS_BIAS, PRECISION, BLOCK_B, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     inside = b_inside[:, None] & (c[None, :] >= start[:, None]) & (c[None, :] < stop[:, None])
 
@@ -233,7 +232,9 @@ def softmax_weights_kernel(
         behind = tl.where(label >= 0, label + 1, -1 - label)
         beaten = (scores < at_label[:, None]) | ((scores == at_label[:, None]) & (c[None, :] >= behind[:, None]))
         beats = inside & (c[None, :] != label[:, None]) & (beaten == 0)
-        tl.store(better_ptr + b * tl.num_programs(1) + block, tl.sum(beats.to(tl.int64), axis=1), mask=b_inside)
+        tl.store(
+            better_ptr + b * tl.num_programs(1) + block, tl.sum(beats.to(tl.int32), axis=1).to(tl.int64), mask=b_inside
+        )
 
 
 @triton.jit

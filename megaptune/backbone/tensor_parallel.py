@@ -194,7 +194,8 @@ def parallel_softmax(
     candidates (on CUDA: a loss of NaN).
     """
     ops = torch.distributed.ReduceOp
-    first, local, asked_for = 0, None, labels
+    first: Any = 0
+    local, asked_for = None, labels
     if ranges is not None:
         first, stop = ranges.unbind(dim=1)
         asked_for = torch.where((labels >= 0) & (labels < stop - first), labels + first, -1)

@@ -1,4 +1,4 @@
-"""Compile the four Triton kernels for GPUs that are not there and print what they use, one JSON line per variant.
+"""Compile the Triton kernels for GPUs that are not there and print what they use, one JSON line per variant.
 
 Run by test_ahead_of_time.py as a program of its own: Triton decides at import whether it interprets, and here it must
 not. By hand: ``python tests/kernels/compile_kernels.py`` from the repository root.
@@ -18,15 +18,16 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megaptune.kernels import prompt_splice as splice
-from megaptune.kernels import verbalizer_softmax as softmax
+from megaptune.kernels import triton_softmax as softmax
+from megaptune.kernels import triton_splice as splice
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}  # Triton writes PTX for sm_90a, not for plain sm_90
 
-POINTERS = {"slots_ptr": "*i64", "labels_ptr": "*i64", "place_ptr": "*i64", "better_ptr": "*i64", "scale": "fp32"}
+INT64_POINTERS = ("slots_ptr", "labels_ptr", "ranges_ptr", "place_ptr", "better_ptr")
 WEIGHT_POINTERS = ("vocab_ptr", "rows_ptr", "features_ptr", "bias_ptr", "grad_ptr")
 TILES = {"BLOCK_B": softmax.BLOCK_B, "BLOCK_C": softmax.BLOCK_C}
+PRODUCT_TILES = {"BLOCK_B": softmax.BLOCK_B, "BLOCK_C": softmax.PRODUCT_BLOCK_C, "BLOCK_D": softmax.PRODUCT_BLOCK_D}
 KERNELS = {
     "splice_forward": (splice.splice_forward_kernel, {"BLOCK_D": splice.FORWARD_BLOCK_D}),
     "splice_backward": (
@@ -34,7 +35,9 @@ KERNELS = {
         {"BLOCK_N": splice.BACKWARD_BLOCK_N, "BLOCK_D": splice.BACKWARD_BLOCK_D},
     ),
     "softmax_forward": (softmax.softmax_forward_kernel, {**TILES, "SPLIT_C": softmax.SPLIT_C}),
-    "softmax_backward": (softmax.softmax_backward_kernel, TILES),
+    "softmax_weights": (softmax.softmax_weights_kernel, {**TILES, "WEIGH": True, "COUNT": True}),
+    "softmax_counts": (softmax.softmax_weights_kernel, {**TILES, "WEIGH": False, "COUNT": True}),
+    "weighted_rows": (softmax.weighted_rows_kernel, {**PRODUCT_TILES, "PRODUCT_C": softmax.PRODUCT_C}),
 }
 # What the launcher makes of a size or stride: 1 is compiled in, a multiple of 16 is promised, anything else is unknown.
 SIZES = {
@@ -45,18 +48,21 @@ SIZES = {
 }
 
 
-def source(kernel, constants: dict, dtype: str, sizes: str, has_bias: bool) -> ASTSource:
-    """The kernel as the launcher would specialise it for weights of ``dtype`` and sizes of one kind."""
+def source(kernel, constants: dict, dtype: str, sizes: str, extras: bool) -> ASTSource:
+    """The kernel as the launcher would specialise it for weights of ``dtype`` and sizes of one kind; ``extras``: with a
+    bias and with ranges."""
     constants, signature, promises = dict(constants), {}, {}
     for place, name in enumerate(kernel.arg_names):
-        if name == "HAS_BIAS":
-            constants[name] = has_bias
+        if name in ("HAS_BIAS", "HAS_RANGES"):
+            constants[name] = extras
         elif name == "PRECISION":
             constants[name] = "ieee" if dtype == "fp32" else "tf32"
-            constants["BLOCK_D"] = softmax.BLOCK_D[constants[name]]
-        kind = POINTERS.get(name)
+            constants.setdefault("BLOCK_D", softmax.BLOCK_D[constants[name]])
+        kind = "fp32" if name == "scale" else None
         if name in constants:
             kind = "constexpr"
+        elif name in INT64_POINTERS:
+            kind = "*i64"
         elif kind is None and name.endswith("_ptr"):
             kind = f"*{dtype}" if name in WEIGHT_POINTERS else "*fp32"
             if name == "out_ptr" and kernel is splice.splice_forward_kernel:
@@ -95,13 +101,14 @@ def _output(*command: object) -> str:
 
 def main() -> None:
     for name, (kernel, constants) in KERNELS.items():
-        takes_bias = "HAS_BIAS" in kernel.arg_names
+        takes_extras = "HAS_RANGES" in kernel.arg_names
         # Both architectures and dtypes for sizes as models have them; the other launches once, on the newer one.
-        variants = [(cc, dtype, "aligned", takes_bias) for cc in ARCHITECTURES for dtype in ("bf16", "fp32")]
-        variants += [(90, "fp16", "odd", False), (90, "fp32", "strided", False), (90, "fp32", "ones", takes_bias)]
-        for capability, dtype, sizes, has_bias in variants:
+        variants = [(cc, dtype, "aligned", takes_extras) for cc in ARCHITECTURES for dtype in ("bf16", "fp32")]
+        variants += [(90, "fp16", "odd", False), (90, "fp32", "strided", False), (90, "fp32", "ones", takes_extras)]
+        variants += [(80, "fp32", "aligned", False)] if takes_extras else []
+        for capability, dtype, sizes, extras in variants:
             compiled = triton.compile(
-                source(kernel, constants, dtype, sizes, has_bias), target=GPUTarget("cuda", capability, 32)
+                source(kernel, constants, dtype, sizes, extras), target=GPUTarget("cuda", capability, 32)
             )
             about = {"kernel": name, "capability": capability, "dtype": dtype, "sizes": sizes}
             print(json.dumps({**about, **resources(compiled, capability)}), flush=True)

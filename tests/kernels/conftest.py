@@ -59,9 +59,7 @@ def kernels(request: pytest.FixtureRequest, implemented: Callable[[str], Ops]) -
 
 
 @pytest.fixture(params=["reference", *KERNELS])
-def choose(
-    request: pytest.FixtureRequest, implemented: Callable[[str], Ops], monkeypatch: pytest.MonkeyPatch
-) -> str:
+def choose(request: pytest.FixtureRequest, implemented: Callable[[str], Ops], monkeypatch: pytest.MonkeyPatch) -> str:
     """The implementation that dispatch takes; the CUDA kernels on a CPU too, which a user cannot have."""
     implemented(request.param)
     if request.param == "cuda" and not ON_GPU:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton
 
-from megaptune.kernels import dispatch, prompt_splice, reference, verbalizer_softmax
+from megaptune.kernels import cuda_extension, dispatch, registration
+from megaptune.kernels.registration import REGISTERED
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOTS, VOCABULARY, TABLE = torch.tensor([[1, -1]]), torch.ones(3, 4), torch.ones(2, 4)
@@ -19,15 +20,14 @@ FEATURES, ROWS, LABELS = torch.ones(2, 4), torch.ones(5, 4), torch.tensor([0, 4]
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files whose ops were called, in order; the ops themselves are replaced."""
+    """Implementations whose ops were called, in order; the ops themselves are replaced."""
     calls = []
-    for op, files in {
-        "prompt_splice": (reference, prompt_splice),
-        "verbalizer_softmax": (reference, verbalizer_softmax),
-    }.items():
-        for file in files:
-            name = "reference" if file is reference else "triton"
-            monkeypatch.setattr(file, op, lambda *_, name=name: calls.append(name))
+
+    def recorder(self: registration.Ops, *_: object) -> None:
+        calls.append(self.implementation)
+
+    monkeypatch.setattr(registration.Ops, "prompt_splice", recorder)
+    monkeypatch.setattr(registration.Ops, "verbalizer_softmax", recorder)
     return calls
 
 
@@ -99,21 +99,61 @@ def test_cpu_tensors_where_triton_is_required(monkeypatch) -> None:
         dispatch.verbalizer_softmax(FEATURES, ROWS, LABELS)
 
 
-def test_choices_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="'cuda' is not one of auto, reference, triton"):
+@pytest.mark.parametrize("require", [False, True])
+def test_cuda_kernels_need_a_gpu_and_a_compiler(require, monkeypatch) -> None:
+    """On a GPU without nvcc too: csrc/ is never built when the package is installed."""
+    monkeypatch.setattr(dispatch, "_current_device", lambda: "cpu")
+    with pytest.raises(
+        ValueError, match="CUDA kernels were asked for on cpu, but they need CUDA: set kernels to 'auto'"
+    ):
+        dispatch.choose("cuda", require)
+    monkeypatch.setattr(dispatch, "_current_device", lambda: "cuda")
+    monkeypatch.delitem(REGISTERED, "cuda", raising=False)
+    monkeypatch.setattr(cuda_extension, "why_not", lambda: "no nvcc was found")
+    with pytest.raises(ValueError, match="asked for, but no nvcc was found; or set kernels to 'auto'"):
+        dispatch.choose("cuda", require)
+    assert dispatch.describe("cuda")["prompt_splice"].startswith("triton")  # as before
+
+
+def test_cuda_kernels_that_do_not_compile(monkeypatch) -> None:
+    def build() -> None:
+        raise RuntimeError("Error building extension: line 7")
+
+    monkeypatch.setattr(dispatch, "_why_not", lambda implementation, device: None)
+    monkeypatch.delitem(REGISTERED, "cuda", raising=False)
+    monkeypatch.setattr(cuda_extension, "build", build)
+    with pytest.raises(ValueError, match="could not be built: Error building extension: line 7"):
         dispatch.choose("cuda")
+
+
+def test_cuda_kernels_where_they_are_asked_for(implemented, monkeypatch, taken) -> None:
+    implemented("cuda")
+    monkeypatch.setattr(dispatch, "_current_device", lambda: "cuda")
+    dispatch.choose("cuda")
+    assert dispatch.describe("cuda")["prompt_splice"] == f"cuda {torch.version.cuda}"
+    with pytest.raises(ValueError, match="asked for on cpu, but they need CUDA"):
+        dispatch.prompt_splice(SLOTS, VOCABULARY, TABLE)
+    monkeypatch.setattr(dispatch, "_why_not", lambda implementation, device: None)
+    call_both()
+    assert taken == ["cuda", "cuda"]
+
+
+def test_choices_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="'opencl' is not one of auto, reference, triton, cuda"):
+        dispatch.choose("opencl")
     with pytest.raises(ValueError, match="cannot also be 'reference'"):
         dispatch.choose("reference", require=True)
 
 
-def test_plain_torch_never_imports_triton() -> None:
+def test_plain_torch_needs_no_triton() -> None:
     program = (
-        "import sys, torch\n"
+        "import sys\n"
+        "sys.modules['triton'] = None\n"  # as where it is not installed
+        "import torch\n"
         "from megaptune.kernels import dispatch\n"
-        "dispatch.choose('auto'); dispatch.describe('cpu')\n"
+        "assert dispatch.describe('cuda')['prompt_splice'] == 'reference'\n"
         "dispatch.prompt_splice(torch.tensor([[1, -1]]), torch.ones(3, 4), torch.ones(2, 4))\n"
         "dispatch.verbalizer_softmax(torch.ones(2, 4), torch.ones(5, 4), torch.tensor([0, 4]))\n"
-        "assert 'triton' not in sys.modules\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
@@ -141,11 +181,13 @@ def test_prompt_splice_names_what_does_not_fit(arguments, message) -> None:
     [
         ((FEATURES.double(), ROWS, LABELS), "features must be fp32, bf16 or fp16"),
         ((FEATURES[0], ROWS, LABELS), "features must be"),
-        ((FEATURES, ROWS[:, :3], LABELS), r"rows must be fp32, bf16 or fp16 \[C > 0, 4\], not float32 \[5, 3\]"),
-        ((FEATURES, ROWS[:0], LABELS), "rows must be"),
+        ((FEATURES, ROWS[:, :3], LABELS), r"rows must be fp32, bf16 or fp16 \[C, 4\], not float32 \[5, 3\]"),
+        ((FEATURES, ROWS[:0], LABELS), r"rows must be \[C > 0, 4\]"),
         ((FEATURES, ROWS, LABELS[:1]), r"labels must be int64 \[2\]"),
         ((FEATURES, ROWS, LABELS.int()), "labels must be"),
         ((FEATURES, ROWS, LABELS, torch.ones(4)), r"bias must be \[5\]"),
+        ((FEATURES, ROWS, LABELS, None, LABELS), r"ranges must be int64 \[2, 2\], not int64 \[2\]"),
+        ((FEATURES, ROWS, LABELS, None, torch.ones(2, 2)), "ranges must be int64"),
     ],
 )
 def test_verbalizer_softmax_names_what_does_not_fit(arguments, message) -> None:

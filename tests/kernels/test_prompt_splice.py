@@ -105,9 +105,7 @@ def test_rows_used_never_always_and_in_order(ops, device) -> None:
 
 def test_empty_batch(ops, device) -> None:
     table = torch.ones(2, 3, device=device, requires_grad=True)
-    embeds = ops.prompt_splice(
-        torch.empty(0, 4, dtype=torch.int64, device=device), torch.ones(5, 3).to(device), table
-    )
+    embeds = ops.prompt_splice(torch.empty(0, 4, dtype=torch.int64, device=device), torch.ones(5, 3).to(device), table)
     assert embeds.shape == (0, 4, 3)
     embeds.sum().backward()
     assert table.grad.tolist() == [[0.0] * 3] * 2

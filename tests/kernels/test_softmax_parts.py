@@ -83,7 +83,7 @@ def test_a_part_without_rows_says_nothing(ops, device) -> None:
 
 @pytest.mark.parametrize("with_ranges", [False, True])
 def test_are_well_formed_custom_ops(ops, with_ranges, device) -> None:
-    features, rows, labels, bias = make(3, 70, 7, torch.float32, device)
+    features, rows, _, bias = make(3, 70, 7, torch.float32, device)
     ranges = torch.tensor([[0, 70], [3, 70], [9, 9]], device=device) if with_ranges else None
     inputs = features.detach(), rows, torch.tensor([3, -4, -70], device=device)
     best, total, at_label, _, kept = ops.softmax_partials(*inputs, bias, ranges)

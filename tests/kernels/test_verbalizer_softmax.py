@@ -278,7 +278,10 @@ def test_passes_through_compile_whole(choose, device) -> None:
         loss, rank, _ = dispatch.verbalizer_softmax(features * 2, rows, labels, bias)
         return loss.sum(), rank
 
-    (expected, rank), (compiled, compiled_rank) = loss(features), torch.compile(loss, backend="aot_eager", fullgraph=True)(features)
+    (expected, rank), (compiled, compiled_rank) = (
+        loss(features),
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(features),
+    )
     assert torch.equal(rank, compiled_rank)
     grads = (torch.autograd.grad(value, features)[0] for value in (expected, compiled))
     torch.testing.assert_close(*grads)

@@ -54,7 +54,9 @@ def test_the_wheel_carries_the_kernels_inside_and_nothing_at_top_level(wheel):
     assert {name for name in top if not name.endswith(".dist-info")} == {"megaptune"}
     assert "megaptune/kernels/dispatch.py" in names
     sources = {f"megaptune/{file.relative_to(ROOT / 'megaptune')}" for file in (ROOT / "megaptune").rglob("*.py")}
+    sources |= {f"megaptune/kernels/csrc/{file.name}" for file in (ROOT / "kernels" / "csrc").iterdir()}
     assert sources <= set(names)
+    assert {"binding.cpp", "kernels.h", "verbalizer_softmax.cu"} <= {Path(name).name for name in names}
 
 
 def test_help_from_the_wheel(installed, tmp_path):
