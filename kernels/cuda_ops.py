@@ -20,7 +20,7 @@ def implemented() -> Ops:
 class ExtensionLauncher:
     """Starts the kernels of an extension, on the stream that is current; see streaming.Launcher.
 
-    Features, biases and sums are fp32 here, products exact: it is the rows that are many, and they are read as they are.
+    Features, biases and sums are fp32 here and products exact; the rows, which are many, are read as they are.
     """
 
     def __init__(self, extension: ModuleType) -> None:

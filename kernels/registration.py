@@ -56,7 +56,7 @@ def register(
     softmax(features, rows, labels, bias, ranges, wanted) -> loss, rank, prediction, slope
         ``slope`` [B, D] is d loss / d features where it is ``wanted``, else [0]
     partials, finish
-        the two halves of it for ranks that hold the rows in parts: see dispatch.softmax_partials, dispatch.softmax_finish
+        the two halves of it for ranks that hold the rows in parts: dispatch.softmax_partials and softmax_finish
     """
     if not hasattr(torch.ops.megaptune, f"{implementation}_prompt_splice"):
 
