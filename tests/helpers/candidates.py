@@ -1,4 +1,4 @@
-"""Made-up answers and candidates for the tests of scoring kernels; tolerances: tests/kernels/test_verbalizer_softmax.py."""
+"""Made-up answers and candidates; the tolerances are explained in tests/kernels/test_verbalizer_softmax.py."""
 
 import math
 

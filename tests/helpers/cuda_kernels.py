@@ -1,7 +1,7 @@
 """The CUDA kernels for tests: on the GPU where there is one, else the same sources compiled for this CPU.
 
-Without a GPU every ``.cu`` file is compiled behind cuda_on_host.h, which runs the threads of a block in turns. That shows
-what the kernels compute, not what a GPU's compiler or memory makes of them.
+Without a GPU every ``.cu`` file is compiled behind cuda_on_host.h, which runs the threads of a block in turns. That
+shows what the kernels compute, not what a GPU's compiler or memory makes of them.
 """
 
 import shutil

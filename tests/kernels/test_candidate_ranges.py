@@ -92,7 +92,7 @@ def test_no_candidates_or_wrong_ones(kernels, span, label, device) -> None:
     features, rows, labels, _ = make(3, 70, 7, torch.float32, device)
     ranges = torch.tensor([[0, 70], span, [0, 70]], device=device)
     labels[1] = label
-    with pytest.raises(IndexError, match="is none of its example's|lies outside the 70 candidate rows"):
+    with pytest.raises(IndexError, match=r"is none of its example's|lies outside the 70 candidate rows"):
         reference.verbalizer_softmax(features, rows, labels, None, ranges)
     alone = reference.verbalizer_softmax(features[::2], rows, labels[::2])
     loss, rank, prediction = kernels.verbalizer_softmax(features, rows, labels, None, ranges)

@@ -4,6 +4,8 @@ The ranks are played one after the other and their results put together as paral
 does is tests/distributed's.
 """
 
+import itertools
+
 import pytest
 import torch
 from candidates import DTYPES, GRADIENT_TOLERANCE, make
@@ -17,7 +19,7 @@ def over_parts(ops, features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor
     start = 0 if ranges is None else ranges[:, 0]
     label, found = labels + start, []
     parts = []
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         here = (label >= a) & (label < b)
         signed = torch.where(here, label - a, -1 - (label - a).clamp(0, b - a))
         local = None if ranges is None else (ranges - a).clamp(0, b - a)
