@@ -17,6 +17,7 @@ Without a GPU nothing is measured and nothing written: exit code 3.
 import argparse
 import csv
 import datetime
+import functools
 import importlib.metadata
 import statistics
 import subprocess
@@ -258,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         for ops in every.values():
             assert_agrees(case, call(ops), expected)
         del expected
-        times = measure({name: lambda ops=ops: call(ops) for name, ops in every.items()}, options.rounds, device)
+        times = measure({name: functools.partial(call, ops) for name, ops in every.items()}, options.rounds, device)
         for name, times_ms in times.items():
             line = row(case, name, times_ms, ceiling, machine)
             append(RESULTS, line)
