@@ -1,18 +1,22 @@
 """Builds csrc/ when it is first asked for, with torch's extension loader, and keeps what was built.
 
-The folder of a build is named after all that goes into it: sources, torch, compiler flags. It lies where torch keeps
-extensions (TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions) and serves all processes of a host.
+The folder of a build is named after all that goes into it: sources, torch, compiler flags, GPUs. It lies where torch
+keeps extensions (TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions) and serves all processes of a host.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+log = logging.getLogger(__name__)
 
 CSRC = Path(__file__).with_name("csrc")
 CUDA_SOURCES = (CSRC / "binding.cpp", CSRC / "prompt_splice.cu", CSRC / "verbalizer_softmax.cu")
@@ -32,19 +36,23 @@ def why_not() -> str | None:
 
 
 def build(sources: Sequence[Path] = CUDA_SOURCES, flags: Sequence[str] = ()) -> ModuleType:
-    """The extension, built unless it has been already (about a minute; other processes wait meanwhile).
+    """The extension, built unless it has been already (up to a minute; other processes wait meanwhile).
 
     Raises RuntimeError with the compiler's messages.
     """
     from torch.utils.cpp_extension import _get_build_directory, load
 
     every_file = sorted({*sources, *CSRC.iterdir()})
-    content = hashlib.sha256(repr((torch.__version__, torch.version.cuda, tuple(flags))).encode())
+    gpus = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+    targets = os.environ.get("TORCH_CUDA_ARCH_LIST"), sorted(gpus)
+    content = hashlib.sha256(repr((torch.__version__, torch.version.cuda, targets, *flags)).encode())
     for file in every_file:
         content.update(file.read_bytes())
     name = f"megaptune_kernels_{content.hexdigest()[:12]}"
     folder = Path(_get_build_directory(name, verbose=False))
     with _alone_in(folder):
+        if not list(folder.glob("*.so")):
+            log.warning("compiling kernels in %s: up to a minute, once", folder)
         return load(
             name,
             [str(source) for source in sources],

@@ -22,7 +22,10 @@ KERNELS = {
 }
 ARCHITECTURES = ["sm_80", "sm_90"]
 TYPES = ["If", "I6__half", "I13__nv_bfloat16"]  # a kernel's element type, as compilers write it in names
-TORCHS_FLAGS = [f"-D__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS")]
+TORCHS_FLAGS = [
+    f"-D__CUDA_NO_{what}__"
+    for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+]
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>sm_\d+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -34,7 +37,7 @@ REPORT = re.compile(
 @pytest.mark.parametrize("file", list(KERNELS))
 def test_compiles_without_spills(file, tmp_path) -> None:
     targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
-    command = [NVCC, "-std=c++17", "-O3", *TORCHS_FLAGS, "-Werror=all-warnings", *targets, "-Xptxas=-v", "-c"]
+    command = [NVCC, "-std=c++20", "-O3", *TORCHS_FLAGS, "-Werror=all-warnings", *targets, "-Xptxas=-v", "-c"]
     done = subprocess.run(
         [*command, cuda_extension.CSRC / f"{file}.cu", "-o", tmp_path / "out.o"],
         env={**os.environ, "CUDA_HOME": str(NVCC.parents[1])},
