@@ -172,7 +172,9 @@ def _at_answers(layer: Any, reading: Reading) -> None:
         packed = reading.packed
         if packed is None or reading.record is not None:
             return everywhere(x)
-        return _Spread.apply(everywhere(_PickRows.apply(x[0], packed.answers)), packed.answers, x.shape[1])[None]
+        rows = x.reshape(-1, x.shape[-1])  # OPT's MLP takes two dimensions
+        found = _Spread.apply(everywhere(_PickRows.apply(rows, packed.answers)), packed.answers, len(rows))
+        return found.view(*x.shape[:-1], -1)
 
     layer.forward = forward
 
