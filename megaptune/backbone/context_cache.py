@@ -110,8 +110,9 @@ class ContextCache:
         some, _ = next(place for place in found if place is not None)
         layers, two, heads, _, width = some.shape
         longest = max(len(context) for context in contexts)
-        kept = some.new_zeros(layers, two, len(contexts), heads, longest, width, device=self.device)
+        kept = some.new_empty(layers, two, len(contexts), heads, longest, width, device=self.device)
         for number, (context, place) in enumerate(zip(contexts, found, strict=True)):
+            kept[:, :, number, :, len(context) :] = 0
             if place is not None:
                 chunk, first = place
                 kept[:, :, number, :, : len(context)] = chunk[:, :, :, first : first + len(context)]
