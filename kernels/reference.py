@@ -209,4 +209,4 @@ def _blocks(rows: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
     return (rows,) if rows.dtype == wide else rows.split(UPCAST_ROWS)
 
 
-ops: Ops = register("reference", _splice, _splice_backward, _softmax, _partials, _finish)
+ops: Ops = register("reference", _splice, _splice_backward, _softmax, _partials, _finish, keeps_scores=True)

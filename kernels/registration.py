@@ -50,6 +50,7 @@ def register(
     softmax: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
     partials: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]],
     finish: Callable[..., tuple[Tensor, Tensor]],
+    keeps_scores: bool,
 ) -> Ops:
     """Define ``megaptune::<implementation>_<op>`` for each op; once, even if a file is imported under two names.
 
@@ -57,6 +58,8 @@ def register(
         ``slope`` [B, D] is d loss / d features where it is ``wanted``, else [0]
     partials, finish
         the two halves of it for ranks that hold the rows in parts: dispatch.softmax_partials and softmax_finish
+    keeps_scores
+        whether all scores, flat, pass from one half to the other; nothing does otherwise
     """
     if not hasattr(torch.ops.megaptune, f"{implementation}_prompt_splice"):
 
@@ -70,7 +73,7 @@ def register(
         op.register_autograd(_splice_autograd(backward), setup_context=_splice_context)
         op = define("verbalizer_softmax", softmax, _fake_softmax)
         op.register_autograd(_softmax_autograd, setup_context=_softmax_context)
-        define("softmax_partials", partials, _fake_partials)
+        define("softmax_partials", partials, _fake_partials(keeps_scores))
         define("softmax_finish", finish, _fake_finish)
     REGISTERED[implementation] = Ops(implementation)
     return REGISTERED[implementation]
@@ -118,12 +121,17 @@ def _softmax_autograd(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, 
     return (dloss[:, None] * slope).to(ctx.dtype), None, None, None, None, None
 
 
-def _fake_partials(
-    features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None, ranges: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    best = features.new_empty(features.shape[0], dtype=wide_dtype(features.dtype, rows.dtype))
-    kept = torch.library.get_ctx().new_dynamic_size()
-    return best, torch.empty_like(best), torch.empty_like(best), torch.empty_like(labels), best.new_empty(kept)
+def _fake_partials(keeps_scores: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    def fake(
+        features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor | None, ranges: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        best = features.new_empty(features.shape[0], dtype=wide_dtype(features.dtype, rows.dtype))
+        kept = 0
+        if keeps_scores:  # of all rows, or of as many as the ranges say
+            kept = len(features) * len(rows) if ranges is None else torch.library.get_ctx().new_dynamic_size()
+        return best, torch.empty_like(best), torch.empty_like(best), torch.empty_like(labels), best.new_empty(kept)
+
+    return fake
 
 
 def _fake_finish(

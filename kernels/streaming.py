@@ -145,7 +145,7 @@ def implement(name: str, launch: Launcher) -> Ops:
             (slope,) = _put(order, slope)
         return _put(order, better)[0], slope
 
-    return register(name, splice, splice_backward, softmax, partials, finish)
+    return register(name, splice, splice_backward, softmax, partials, finish, keeps_scores=False)
 
 
 def _within(labels: Tensor, ranges: Tensor | None, C: int) -> tuple[Any, Tensor, Tensor, Tensor | None, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from candidates import DTYPES, GRADIENT_TOLERANCE, make
 from torch import Tensor
 
-from megaptune.kernels import reference
+from megaptune.kernels import dispatch, reference
 
 
 def over_parts(ops, features: Tensor, rows: Tensor, labels: Tensor, bias: Tensor, ranges: Tensor | None, cuts) -> tuple:
@@ -95,3 +95,21 @@ def test_are_well_formed_custom_ops(ops, with_ranges, device) -> None:
     op = getattr(torch.ops.megaptune, f"{ops.implementation}_softmax_finish")
     for wanted in (False, True):
         torch.library.opcheck(op, (*inputs, best + total.log(), at_label, kept, bias, ranges, wanted), test_utils=tests)
+
+
+@pytest.mark.parametrize("with_ranges", [False, True])
+def test_pass_through_compile_whole(choose, with_ranges, device) -> None:
+    """With ranges, plain torch keeps as many scores as they say, which torch.compile must be allowed."""
+    features, rows, _, bias = make(3, 70, 7, torch.float32, device)
+    ranges = torch.tensor([[0, 70], [3, 70], [9, 9]], device=device) if with_ranges else None
+    signed = torch.tensor([3, -4, -70], device=device)
+
+    def both(features: Tensor) -> tuple[Tensor, ...]:
+        best, total, at_label, place, kept = dispatch.softmax_partials(features * 2, rows, signed, bias, ranges)
+        lse = torch.logaddexp(best + total.log(), torch.zeros_like(best))
+        return lse, place, *dispatch.softmax_finish(features * 2, rows, signed, lse, at_label, kept, bias, ranges)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=choose == "reference" and with_ranges):
+        found = torch.compile(both, backend="aot_eager", fullgraph=True)(features.detach())
+    for mine, expected in zip(found, both(features.detach()), strict=True):
+        torch.testing.assert_close(mine, expected)
