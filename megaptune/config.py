@@ -114,6 +114,21 @@ class TrainConfig(Section):
     patience: int = Field(20, ge=0, description="stop after so many dev passes without a gain (a tie is one); 0: never")
 
 
+class JobsConfig(Section):
+    """Jobs are relations x seeds x learning rates x templates; frozen P-tuning trains them on one backbone together."""
+
+    at_once: int | None = Field(
+        None, ge=1, description="jobs whose examples share a step; 1: one after the other; default: all of them"
+    )
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="a sweep: every prompt is trained at each; empty: train.learning_rate"
+    )
+    templates: list[str] = Field([], description="a sweep over P-tuning templates; empty: prompt.template")
+    shard_encoders: Literal["auto"] | bool = Field(
+        "auto", description="ranks own encoders and their optimizer state in turn; auto: with several ranks and jobs"
+    )
+
+
 class EvaluationConfig(Section):
     batch: int = Field(32, ge=1, description="examples a rank evaluates at a time")
     every_epochs: int = Field(1, ge=1, description="epochs between passes over dev; patience counts passes")
@@ -224,6 +239,7 @@ class Config(Section):
     prompt: PromptConfig = PromptConfig()
     scoring: ScoringConfig = ScoringConfig()
     train: TrainConfig = TrainConfig()
+    jobs: JobsConfig = JobsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -255,6 +271,8 @@ class Config(Section):
             "run.seeds": list(self.run.seeds),
             "methods": list(self.methods),
             "scoring.evaluate_over": list(self.scoring.evaluate_over),
+            "jobs.learning_rates": list(self.jobs.learning_rates),
+            "jobs.templates": list(self.jobs.templates),
         }
         if isinstance(self.task, LamaTask) and self.task.relations != "all":
             lists["task.relations"] = list(self.task.relations)
@@ -280,11 +298,22 @@ class Config(Section):
     def tunes_lm(self) -> bool:
         return any(METHODS[name].tunes_lm for name in self.methods)
 
+    @property
+    def learning_rates(self) -> list[float]:
+        """Of prompts: the sweep, or the one rate."""
+        return self.jobs.learning_rates or [self.train.learning_rate]
+
+    @property
+    def templates(self) -> list[str]:
+        """Of P-tuning: the sweep, or the one template."""
+        return self.jobs.templates or [self.prompt.template]
+
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but the layout, logging and retention, which a resumed run may change."""
         exempt = {"run", "parallel", "checkpoint", "monitor", "speed", "kernels", "launch", "evaluation"}
         kept = self.model_dump(mode="json", exclude=exempt)
         kept["run"] = {"seeds": self.run.seeds}
+        kept["jobs"] = {"learning_rates": self.jobs.learning_rates, "templates": self.jobs.templates}
         kept["backbone"].pop("architecture")
         kept["evaluation"] = {"every_epochs": self.evaluation.every_epochs}
         return kept

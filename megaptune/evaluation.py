@@ -24,6 +24,10 @@ class Outcome:
     rank: Tensor
     prediction: Tensor
 
+    def of(self, members: slice) -> "Outcome":
+        """That of some of the examples."""
+        return Outcome(self.loss[members], self.rank[members], self.prediction[members])
+
     @property
     def figures(self) -> Figures:
         return Figures.of(self.loss, self.rank)
@@ -46,7 +50,7 @@ def evaluate(
         piece = collate([members[index] for index in mine], host, pad_id, stand_in=members[0])
         features = host.features(piece.inputs, table)
         for reading, scorer in scorers.items():
-            scores = torch.stack([column.double() for column in scorer(features, piece.answers)])
+            scores = torch.stack([column.double() for column in scorer(features, piece.answers, piece.jobs)])
             if mine and host.grid.speaks:
                 found[reading][:, mine] = scores.cpu()
     outcomes = {}

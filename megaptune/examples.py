@@ -5,7 +5,7 @@ dev and test records: the strict reading), ``word_list`` (the task's word list),
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class PreparedTask:
     """Records whose answers are single tokens, encoded for each method, and each reading's candidate ids [C].
 
     manual, tuned (the P-tuning template) and bare (the same without pseudo tokens) are None where no method wants
-    them; candidates are None for the whole vocabulary.
+    them; swept holds every P-tuning template, of which tuned is the first; candidates are None for the whole
+    vocabulary.
     """
 
     data: TaskData
@@ -52,10 +53,12 @@ class PreparedTask:
     manual: EncodedTask | None
     tuned: EncodedTask | None
     bare: EncodedTask | None = None
+    swept: dict[str, EncodedTask] = field(default_factory=dict)
 
-    def encoded(self, method: Method) -> EncodedTask:
-        """What ``method`` reads."""
-        found = {"manual": self.manual, "template": self.tuned, "bare": self.bare}[method.prompt]
+    def encoded(self, method: Method, template: str | None = None) -> EncodedTask:
+        """What ``method`` reads; ``template`` is one of a sweep."""
+        tuned = self.tuned if template is None else self.swept.get(template, self.tuned)
+        found = {"manual": self.manual, "template": tuned, "bare": self.bare}[method.prompt]
         assert found is not None, "a method that the configuration names"
         return found
 
@@ -119,6 +122,7 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
 
     prompts = {method.prompt for method in methods}
     manual = tuned = bare = None
+    swept: dict[str, EncodedTask] = {}
     if "manual" in prompts:
         text = config.prompt.manual or data.manual_template
         assert text is not None, "the configuration's rules ask for a manual prompt"
@@ -127,12 +131,14 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         if manual.template.num_pseudo_tokens:
             raise DataError(f"the manual prompt {text!r} has pseudo tokens; only a P-tuning template may")
     if "template" in prompts:
-        tuned = encode(config.prompt.template, SPLITS)
-        if not tuned.template.num_pseudo_tokens:
-            raise DataError(f"template {config.prompt.template!r} has no pseudo token: P-tuning has nothing to train")
+        for text in config.templates:
+            swept[text] = encode(text, SPLITS)
+            if not swept[text].template.num_pseudo_tokens:
+                raise DataError(f"template {text!r} has no pseudo token: P-tuning has nothing to train")
+        tuned = swept[config.templates[0]]
     if "bare" in prompts:
         bare = encode(without_pseudo_tokens(config.prompt.template), SPLITS)
-    return PreparedTask(data, _candidates(answers, data.word_list, verbalizer, forms), manual, tuned, bare)
+    return PreparedTask(data, _candidates(answers, data.word_list, verbalizer, forms), manual, tuned, bare, swept)
 
 
 def _encode(

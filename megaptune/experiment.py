@@ -1,13 +1,14 @@
-"""One run: every task with every method and seed, one after the other on one resident backbone.
+"""One run: every task with every method, seed, learning rate and template, on one resident backbone.
 
-Methods that leave the LM frozen go first. Those that tune it follow on a backbone of their own, whose weights are the
-original ones again before each job. A job that has its result is not run again, so the same command continues an
-interrupted run.
+Methods that leave the LM frozen go first, and their prompts train together. Those that tune it follow one by one, on a
+backbone of their own whose weights are the original ones again before each job. A job that has its result is not run
+again, so the same command continues an interrupted run.
 """
 
 import gc
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from megaptune.backbone.tuned_host import TunedHost
 from megaptune.backbone.weight_files import verify_checksums
 from megaptune.batches import Member
 from megaptune.config import Config, Reading
-from megaptune.errors import SetupError
-from megaptune.evaluation import Outcome, evaluate
-from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
+from megaptune.errors import DivergedError, SetupError
+from megaptune.evaluation import Outcome
+from megaptune.examples import Example, baselines
+from megaptune.jobs import Job, Training, Variant
 from megaptune.kernels import dispatch
 from megaptune.methods import METHODS, MethodName
 from megaptune.preparation import PreparedRun
@@ -36,10 +38,7 @@ from megaptune.run.monitor import Monitor
 from megaptune.run.stopping import StopRequest
 from megaptune.run.topology import Topology, agree, on_main
 from megaptune.scoring import Scorer
-from megaptune.trainer import Trainer
-
-Job = tuple[MethodName, int | None]
-"""A method and its seed."""
+from megaptune.trainer import Stage, Trainer
 
 
 @dataclass
@@ -52,6 +51,7 @@ class Experiment:
     monitor: Monitor
     stop: StopRequest
     host: BackboneHost
+    diverged: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -84,29 +84,73 @@ class Experiment:
         return self.prepared.config
 
     def run(self) -> ResultsTable:
-        """All jobs; the table over what they left in the run directory."""
+        """All jobs; the table over what they left in the run directory. :attr:`diverged` says which left nothing."""
         self.banner()
         for task in self.prepared.tasks:
             self.monitor.say(task.summary(self.host.vocabulary_size))
         for tuned in (False, True):
             methods = [name for name in METHODS if name in self.config.methods and METHODS[name].tunes_lm == tuned]
-            pending = {task.data.name: self.pending(task, methods) for task in self.prepared.tasks}
-            if any(pending.values()) and self.host.trained != tuned:
+            jobs = self.jobs(methods)
+            done = set(agree([job.number for job in jobs if job.has_result]))
+            pending = [job for job in jobs if job.number not in done]
+            self.say_done(jobs, pending)
+            if not pending:
+                continue
+            if self.host.trained != tuned:
                 self.change_host(tuned)
-            for task in self.prepared.tasks:
-                if methods and not pending[task.data.name]:
-                    place = self.directory.path / "jobs" / task.data.name
-                    self.monitor.say(f"{task.data.name}  {', '.join(methods)} done before: results are in {place}")
-                elif methods:
-                    self.run_task(task, pending[task.data.name])
+            if tuned:
+                for job in pending:
+                    self.train([job], self.stage([job]), job.folder / "checkpoints")
+            else:
+                self.run_frozen(pending, self.stage(jobs))
         return ResultsTable.read(self.directory.path, self.config)
 
-    def pending(self, task: PreparedTask, methods: list[MethodName]) -> list[Job]:
-        """The jobs of a task that have no result yet."""
-        jobs: list[Job] = []
-        for name in methods:
-            jobs += [(name, seed) for seed in self.config.run.seeds] if METHODS[name].trains else [(name, None)]
-        return agree([job for job in jobs if not (self.directory.job(task.data.name, *job) / "result.json").is_file()])
+    def jobs(self, methods: list[MethodName]) -> list[Job]:
+        """Every job of ``methods``, numbered from 0."""
+        found: list[Job] = []
+        for task in self.prepared.tasks:
+            for name in methods:
+                method = METHODS[name]
+                for variant in self.variants() if method.trains_prompt else [Variant(0.0, "")]:
+                    encoded = task.encoded(method, variant.template)
+                    for seed in self.config.run.seeds if method.trains else [None]:
+                        folder = self.directory.job(task.data.name, name, seed, variant.suffix)
+                        found.append(Job(len(found), name, task, encoded, seed, variant, folder))
+        return found
+
+    def variants(self) -> list[Variant]:
+        """The sweep over learning rates and templates; without one, the one variant there is."""
+        rates, templates = self.config.learning_rates, self.config.templates
+        return [
+            Variant(
+                rate,
+                template,
+                (f"-lr{rate:g}" if len(rates) > 1 else "") + (f"-template{place}" if len(templates) > 1 else ""),
+            )
+            for rate in rates
+            for place, template in enumerate(templates, start=1)
+        ]
+
+    def stage(self, jobs: list[Job]) -> Stage:
+        """Scorers for these jobs, by their numbers."""
+        readings = sorted({*self.config.scoring.evaluate_over, self.config.scoring.train_over})
+        tasks = list({id(job.task): job.task for job in jobs}.values())
+        set_of = [0] * (max(job.number for job in jobs) + 1)
+        for job in jobs:
+            set_of[job.number] = next(place for place, task in enumerate(tasks) if task is job.task)
+        scorers = {
+            reading: Scorer(self.host, [task.candidates[reading] for task in tasks], set_of) for reading in readings
+        }
+        pad_id = self.prepared.pad_id
+        return Stage(self.config, self.host, self.topology, scorers, pad_id, self.monitor, self.stop)
+
+    def say_done(self, jobs: list[Job], pending: list[Job]) -> None:
+        for task in self.prepared.tasks:
+            mine = [job for job in jobs if job.task is task]
+            if mine and not any(job.task is task for job in pending):
+                methods = ", ".join(dict.fromkeys(job.method_name for job in mine))
+                place = self.directory.path / "jobs" / task.data.name
+                self.monitor.say(f"{task.data.name}  {methods} done before: results are in {place}")
 
     def change_host(self, tuned: bool) -> None:
         """Let go of the backbone before another is loaded."""
@@ -116,127 +160,121 @@ class Experiment:
         self.monitor.say("loading the backbone again, to be tuned" if tuned else "loading the backbone again, frozen")
         self.host = _load(self.prepared, grid, self.topology, tuned)
 
-    def run_task(self, task: PreparedTask, jobs: list[Job]) -> None:
-        readings = {*self.config.scoring.evaluate_over, self.config.scoring.train_over}
-        scorers = {reading: Scorer(self.host, task.candidates[reading]) for reading in sorted(readings)}
-        for name, seed in jobs:
-            if seed is None:
-                self.run_zero_shot(task, scorers, name)
-            else:
-                self.run_training(task, scorers, name, seed)
-
     # -- jobs ----------------------------------------------------------------------------------------------------
 
-    def run_zero_shot(self, task: PreparedTask, scorers: dict[Reading, Scorer], name: MethodName) -> None:
-        """The manual prompt, nothing trained."""
-        encoded = task.encoded(METHODS[name])
-        self.monitor.rewind(f"{task.data.name}/{name}", None, 0)
-        nothing = torch.zeros(0, self.host.width, device=self.host.device)
-        outcomes = self.evaluate(encoded.test, nothing, scorers)
-        if not any(METHODS[method].trains for method in self.config.methods):
+    def run_frozen(self, jobs: list[Job], stage: Stage) -> None:
+        """Manual prompts, and the bank of trained ones."""
+        zero_shot = [job for job in jobs if job.seed is None]
+        training = [job for job in jobs if job.seed is not None]
+        for job in zero_shot:
+            self.monitor.rewind({job.name: 0})
+            nothing = torch.zeros(0, self.host.width, device=self.host.device)
+            members = [Member(example, 0, job.number) for example in job.encoded.test]
+            self.finish(job, stage.evaluate(members, nothing, self.config.scoring.evaluate_over), {})
+        if training:
+            self.train(training, stage, self.directory.path / "checkpoints")
+        else:
             roll_call.mark("training")  # no step will come
-        self.finish(task, name, None, encoded, outcomes, {})
 
-    def run_training(self, task: PreparedTask, scorers: dict[Reading, Scorer], name: MethodName, seed: int) -> None:
-        """The prompt, the LM or both, as the method says."""
-        method, encoded = METHODS[name], task.encoded(METHODS[name])
-        folder = self.directory.job(task.data.name, name, seed)
-        trainer = Trainer(
-            self.config,
-            seed,
-            f"{task.data.name}/{folder.name}",
-            self.host,
-            self.topology,
-            encoded,
-            scorers,
-            self.prepared.pad_id,
-            self.monitor,
-            folder,
-            self.stop,
-        )
+    def train(self, jobs: list[Job], stage: Stage, checkpoints: Path) -> None:
+        """Prompts, the LM or both, as the methods say."""
+
+        def finish(trainings: list[Training], table: torch.Tensor) -> None:
+            members, first_row = [], 0
+            for training in trainings:
+                job = training.job
+                members += [Member(example, first_row, job.number) for example in job.encoded.test]
+                first_row += training.prompt.rows
+            outcomes = stage.evaluate(members, table, self.config.scoring.evaluate_over)
+            first = first_row = 0
+            for training in trainings:
+                stop, last_row = first + len(training.job.encoded.test), first_row + training.prompt.rows
+                mine = {reading: outcome.of(slice(first, stop)) for reading, outcome in outcomes.items()}
+                self.finish_training(trainer, training, table[first_row:last_row], mine)
+                first, first_row = stop, last_row
+
+        trainer = Trainer(stage, jobs, checkpoints, finish)
         trainer.fit()
-        vectors = trainer.best_vectors()
-        outcomes = self.evaluate(encoded.test, vectors, scorers)
-        if method.trains_prompt and self.topology.is_main:
+        self.diverged |= trainer.diverged
+
+    def finish_training(
+        self, trainer: Trainer, training: Training, vectors: torch.Tensor, outcomes: dict[Reading, Outcome]
+    ) -> None:
+        job, bank = training.job, trainer.bank
+        writer = training.prompt.owner or 0
+        if job.method.trains_prompt and self.topology.rank == writer:
             about = {
-                "template": encoded.template.text,
+                "template": job.encoded.template.text,
                 "kind": self.host.kind,
                 "encoder": self.config.prompt.encoder,
-                "seed": seed,
+                "seed": job.seed,
+                "learning_rate": job.variant.learning_rate,
                 "backbone": self.host.fingerprint.as_dict(),
-                "lm_tuned": method.tunes_lm,  # then the vectors belong to the tuned weights, not to the backbone's
+                "lm_tuned": job.method.tunes_lm,  # then the vectors belong to the tuned weights, not the backbone's
             }
-            write_prompt(folder / "prompt", vectors, trainer.best_weights, about)
+            write_prompt(job.folder / "prompt", vectors, training.prompt.best, about)
+        if bank.sharded:
+            agree(None)  # the prompt is written before the result
         if isinstance(self.host, TunedHost) and self.config.checkpoint.save_tuned_lm:
-            write_tuned_lm(self.host, self.topology, folder / "lm")
-        selection = {"best_epoch": trainer.selection.best_epoch, "best_dev_p_at_1": trainer.selection.best}
-        parameters = trainer.prompt.num_parameters + self.host.weights.num_trained
-        steps = {"steps": trainer.prompt.step, "parameters": parameters}
-        self.finish(task, name, seed, encoded, outcomes, {**selection, **steps})
-        if self.topology.is_main:
-            trainer.checkpoints.clear()
+            write_tuned_lm(self.host, self.topology, job.folder / "lm")
+        extra: dict[str, Any] = {
+            "best_epoch": training.selection.best_epoch,
+            "best_dev_p_at_1": training.selection.best,
+            "steps": training.step,
+            "parameters": bank.num_parameters(training.prompt) + self.host.weights.num_trained,
+        }
+        if job.method.trains_prompt:
+            extra |= {"learning_rate": job.variant.learning_rate, "variant": job.variant.suffix.lstrip("-")}
+        self.finish(job, outcomes, extra)
 
-    def evaluate(
-        self, examples: list[Example], table: torch.Tensor, scorers: dict[Reading, Scorer]
-    ) -> dict[Reading, Outcome]:
-        wanted = {reading: scorers[reading] for reading in self.config.scoring.evaluate_over}
-        batch = self.config.evaluation.batch
-        members = [Member(example) for example in examples]
-        return evaluate(self.host, members, table, wanted, batch, self.prepared.pad_id)
-
-    def finish(
-        self,
-        task: PreparedTask,
-        method: MethodName,
-        seed: int | None,
-        encoded: EncodedTask,
-        outcomes: dict[Reading, Outcome],
-        extra: dict[str, Any],
-    ) -> None:
+    def finish(self, job: Job, outcomes: dict[Reading, Outcome], extra: dict[str, Any]) -> None:
         """Write the job's result last of all, so that a job with a result is a finished one."""
         if not self.topology.is_main:
             return
-        data, template = task.data, encoded.template.text
-        folder = self.directory.job(data.name, method, seed)
-        job = f"{data.name}/{folder.name}"
+        data, template, folder = job.task.data, job.encoded.template.text, job.folder
         figures = {reading: asdict(outcome.figures) for reading, outcome in outcomes.items()}
         headline = self.config.scoring.select_on
-        predictions = self.predictions(encoded.test, outcomes[headline])
+        predictions = self.predictions(job.encoded.test, outcomes[headline])
         write_whole(
             folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
         )
         for reading, values in figures.items():
-            self.monitor.record("test", job, extra.get("steps", 0), {"reading": reading, **values})
+            self.monitor.record("test", job.name, extra.get("steps", 0), {"reading": reading, **values})
         shown = predictions[: self.config.monitor.sample_predictions]
         rows = "\n".join(f"| {p['subject']} | {p['answer']} | {p['predicted']} | {p['rank']} |" for p in shown)
         self.monitor.text(
-            job, "predictions", f"| subject | answer | predicted | rank |\n| --- | --- | --- | --- |\n{rows}"
+            job.name, "predictions", f"| subject | answer | predicted | rank |\n| --- | --- | --- | --- |\n{rows}"
         )
-        self.monitor.text(job, "config", "```json\n" + self.config.model_dump_json(indent=2) + "\n```")
-        settings = {"method": method, "task": data.name, "seed": -1 if seed is None else seed, "template": template}
+        self.monitor.text(job.name, "config", "```json\n" + self.config.model_dump_json(indent=2) + "\n```")
+        seed = -1 if job.seed is None else job.seed
+        settings = {"method": job.method_name, "task": data.name, "seed": seed, "template": template}
         train = self.config.train
-        rates = {"learning_rate": train.learning_rate, "lm_learning_rate": train.lm_learning_rate}
+        rate = extra.get("learning_rate", train.learning_rate)
+        rates = {"learning_rate": rate, "lm_learning_rate": train.lm_learning_rate}
         trained = {"encoder": self.config.prompt.encoder, **rates}
-        self.monitor.hyperparameters(job, {**settings, **trained}, {r: v["p_at_1"] for r, v in figures.items()})
-        self.monitor.position()
+        self.monitor.hyperparameters(job.name, {**settings, **trained}, {r: v["p_at_1"] for r, v in figures.items()})
+        self.monitor.flush()
         write_json(
             folder / "result.json",
             {
                 "task": data.name,
                 "label": data.label,
-                "method": method,
-                "seed": seed,
+                "type": data.type,
+                "method": job.method_name,
+                "seed": job.seed,
                 "template": template,
                 "test": figures,
                 "baselines": asdict(baselines(data)),
                 "counts": {split: len(records) for split, records in data.splits.items()},
                 "dropped": data.dropped,
-                "candidates": {reading: task.num_candidates(reading, self.host.vocabulary_size) for reading in figures},
+                "candidates": {
+                    reading: job.task.num_candidates(reading, self.host.vocabulary_size) for reading in figures
+                },
                 **extra,
             },
         )
         line = "  ".join(f"{reading} {100 * values['p_at_1']:.1f}" for reading, values in figures.items())
-        self.monitor.say(f"{job}  test P@1: {line}")
+        self.monitor.say(f"{job.name}  test P@1: {line}")
 
     def predictions(self, examples: list[Example], outcome: Outcome) -> list[dict[str, Any]]:
         words = [self.prepared.tokenizer.decode([token]).strip() for token in outcome.prediction.tolist()]
@@ -244,6 +282,18 @@ class Experiment:
             {"subject": e.record.subject, "answer": e.record.answer, "predicted": word, "rank": rank + 1}
             for e, word, rank in zip(examples, words, outcome.rank.tolist(), strict=True)
         ]
+
+    def together(self) -> int:
+        """Jobs that share a step."""
+        frozen = sum(METHODS[name].trains and not METHODS[name].tunes_lm for name in self.config.methods)
+        count = frozen * len(self.prepared.tasks) * len(self.config.run.seeds) * len(self.variants())
+        return max(1, min(count, self.config.jobs.at_once or count))
+
+    def require_finite(self) -> None:
+        """:raises DivergedError: naming the jobs that diverged, when all others have their results."""
+        if self.diverged:
+            lines = "; ".join(f"{name}: {why}" for name, why in self.diverged.items())
+            raise DivergedError(f"{lines}. All other jobs have their results; lower the learning rate for these")
 
     # -- words ---------------------------------------------------------------------------------------------------
 
@@ -253,8 +303,11 @@ class Experiment:
         extras = ", offload to " + parallel.offload if parallel.offload != "none" else ""
         extras += ", activations recomputed" if parallel.activation_checkpointing else ""
         train = config.train
-        micro = min(train.micro_batch, train.global_batch)
-        pieces = -(-train.global_batch // micro)
+        together = self.together()
+        union = train.global_batch * together
+        micro = min(train.micro_batch, union)
+        pieces = -(-union // micro)
+        jobs = f" ({together} jobs x {train.global_batch})" if together > 1 else ""
         idle = f", {replicas - pieces} replicas idle: lower train.micro_batch" if pieces < replicas else ""
         kernels = ", ".join(f"{op} {how}" for op, how in dispatch.describe().items())
         self.monitor.say(
@@ -263,7 +316,7 @@ class Experiment:
             f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}) = {host.grid.replicas} "
             f"replicas x {host.grid.shards} tensor parallel, ZeRO {host.zero_stage}{extras}, {host.device.type}, "
             f"{torch.get_num_threads()} threads a rank\n"
-            f"batch      {train.global_batch} examples = {pieces} micro-batches of {micro}, "
+            f"batch      {union} examples{jobs} = {pieces} micro-batches of {micro}, "
             f"{-(-pieces // replicas)} a replica at most{idle}\n"
             f"loaded     {host.load_report}\n"
             f"kernels    {kernels}\n"

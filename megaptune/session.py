@@ -35,11 +35,14 @@ def run_training(config: Config) -> None:
                 roll_call.on_failure(lambda reason: directory.set_state("failed", SetupError.exit_code, reason))
             tensorboard = directory.path / "tb" if config.monitor.tensorboard else None
             monitor = Monitor(topology.is_main, directory.metrics_file, tensorboard)
-            table = Experiment.open(prepared, topology, grid, directory, monitor, stop).run()
+            experiment = Experiment.open(prepared, topology, grid, directory, monitor, stop)
+            table = experiment.run()
         if topology.is_main:
             table.write(directory.path)
             monitor.show(table.console())
             monitor.say(f"written to {directory.path / 'results.md'}")
+        experiment.require_finite()
+        if topology.is_main:
             directory.set_state("finished", 0)
     except BaseException as error:
         if claimed and topology.is_main:

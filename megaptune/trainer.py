@@ -1,270 +1,301 @@
-"""P-tuning one prompt against a backbone, which is frozen or tuned with it; or tuning the backbone alone.
+"""P-tuning many prompts against one frozen backbone; or one job whose method tunes the backbone, with or without a
+prompt.
 
-A step: the encoder gives the table, its rows are spliced into the batch, the loss at the answers gives a gradient of
-the table, ranks sum that gradient, and each rank runs the encoder backward and steps. A global batch is cut into
-micro-batches before replicas take them, and their gradients are summed exactly, so the result does not depend on the
-number of replicas. The gradient of a tuned backbone's weights stays inside ``host.weights``, where DeepSpeed sums it.
+A step: the bank's encoders give the table, its rows are spliced into the jobs' examples, the losses at the answers give
+a gradient of the table, ranks sum it, and every encoder takes its step. Batches are cut into micro-batches, all jobs'
+examples together, before replicas take them, and their gradients are summed exactly, so the result does not depend on
+the number of replicas. The gradient of a tuned backbone's weights stays inside ``host.weights``, where DeepSpeed sums
+it.
 
 B examples, R table rows, D backbone width.
 """
 
-import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megaptune.backbone.host import BackboneHost
-from megaptune.batches import EpochPlan, Member, collate, micro_batches, rounds
+from megaptune.batches import Member, collate, micro_batches, rounds
 from megaptune.config import Config, Reading
-from megaptune.errors import CheckpointError, DivergedError
+from megaptune.errors import DivergedError
 from megaptune.evaluation import Outcome, evaluate
-from megaptune.examples import EncodedTask, Example
-from megaptune.prompts.soft_prompt import NoPrompt, SoftPrompt
+from megaptune.jobs import Job, Training
+from megaptune.prompts.bank import PromptBank
 from megaptune.run import roll_call
-from megaptune.run.checkpoint import CheckpointFolder, read_checkpoint
 from megaptune.run.exact_sum import sum_exactly
-from megaptune.run.monitor import Monitor, Pace, memory
+from megaptune.run.monitor import Monitor
 from megaptune.run.stopping import StopRequest
-from megaptune.run.topology import Topology, everywhere, on_main
+from megaptune.run.topology import Topology
 from megaptune.schedule import rate_factor
 from megaptune.scoring import Scorer
+from megaptune.training_report import TrainingReport
+from megaptune.training_state import TrainingState
 
 
 @dataclass
-class Selection:
-    """Early stopping on dev P@1: ties replace, as in the released code, and a tie counts as a gain."""
+class Stage:
+    """What jobs train and are evaluated on."""
 
-    patience: int
-    best: float = -1.0
-    best_epoch: int = 0
-    misses: int = 0
+    config: Config
+    host: BackboneHost
+    topology: Topology
+    scorers: dict[Reading, Scorer]
+    pad_id: int
+    monitor: Monitor
+    stop: StopRequest
 
-    def improves(self, epoch: int, score: float) -> bool:
-        if score >= self.best:
-            self.best, self.best_epoch, self.misses = score, epoch, 0
-            return True
-        self.misses += 1
-        return False
-
-    @property
-    def exhausted(self) -> bool:
-        return self.patience > 0 and self.misses >= self.patience
+    def evaluate(self, members: Sequence[Member], table: Tensor, readings: list[Reading]) -> dict[Reading, Outcome]:
+        scorers = {reading: self.scorers[reading] for reading in readings}
+        return evaluate(self.host, members, table, scorers, self.config.evaluation.batch, self.pad_id)
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """Sums over all replicas of one step, and how many ranks were asked to stop."""
+    """Sums over all replicas of one step: of each job, in the bank's order; stops: ranks that were asked to stop."""
 
-    loss: float
-    hits: float
-    examples: float
-    tokens: float
+    loss: list[float]
+    hits: list[float]
+    examples: list[float]
+    tokens: list[float]
     stops: float
 
 
 class Trainer:
-    """Trains what one job trains: one relation, one template, one seed."""
+    """Trains jobs, ``jobs.at_once`` of them together; one that is done makes room for the next.
+
+    :param folder: of the checkpoints.
+    :param finish: hears of jobs that are done, with a table of their best prompts, in which they stand one after the
+        other; it is called on every rank.
+    """
 
     def __init__(
-        self,
-        config: Config,
-        seed: int,
-        name: str,
-        host: BackboneHost,
-        topology: Topology,
-        task: EncodedTask,
-        scorers: dict[Reading, Scorer],
-        pad_id: int,
-        monitor: Monitor,
-        folder: Path,
-        stop: StopRequest,
+        self, stage: Stage, jobs: list[Job], folder: Path, finish: Callable[[list[Training], Tensor], None]
     ) -> None:
-        self.config, self.name, self.host, self.topology = config, name, host, topology
-        self.train, self.dev, self.pad_id = task.train, task.dev, pad_id
-        self.monitor, self.stop = monitor, stop
-        self.loss_over = scorers[config.scoring.train_over]
-        self.dev_scorers = {config.scoring.select_on: scorers[config.scoring.select_on]}
-        settings = config.train
-        self.batches = EpochPlan(len(task.train), settings.global_batch, settings.drop_last, seed)
-        self.total_steps = settings.epochs * self.batches.steps_per_epoch
-        rows, per_epoch = task.template.num_pseudo_tokens, self.batches.steps_per_epoch
-        self.prompt: SoftPrompt | NoPrompt = NoPrompt(host.width, host.device)
-        if rows:
-            self.prompt = SoftPrompt(rows, host.width, config.prompt, settings, per_epoch, seed, host.device)
-        self.selection = Selection(settings.patience)
-        self.best_weights = self.prompt.weights()
-        self.checkpoints = CheckpointFolder(folder / "checkpoints", config.checkpoint.keep)
-        self.lengths = [len(example.slots) for example in task.train]
-        self.digest = _digest(task.train)
-        self.pace = Pace(self.total_steps, 0)
+        self.stage, self.config, self.host, self.finish = stage, stage.config, stage.host, finish
+        self.waiting = [Training.begin(job, self.config) for job in jobs]
+        self.active: list[Training] = []
+        self.diverged: dict[str, str] = {}
+        self.step = 0
+        self.at_once = min(len(jobs), self.config.jobs.at_once or len(jobs))
+        rows = [training.prompt.rows for training in self.waiting]
+        capacity = {count: min(self.at_once, rows.count(count)) for count in set(rows)}
+        ranks, wanted = stage.topology.world_size, self.config.jobs.shard_encoders
+        sharded = ranks > 1 and not self.host.trained and (wanted is True or (wanted == "auto" and self.at_once > 1))
+        config, device = self.config, self.host.device
+        self.bank = PromptBank(self.host.width, config.prompt, config.train, capacity, device, stage.topology, sharded)
+        self.state = TrainingState(stage.topology, self.host, self.bank, folder, config, stage.monitor)
+        self.report = TrainingReport(config, stage.monitor, self.host.device)
 
     def fit(self) -> None:
-        """Train to the last epoch or until dev stops gaining; the best epoch's weights are then the backbone's, and
-        :meth:`best_vectors` the prompt.
+        """Train all jobs, each to its last epoch or until dev stops gaining.
 
         :raises StoppedEarly: when a stop was asked for; state is saved.
-        :raises DivergedError: when a loss or gradient is not finite; the last checkpoint stays.
+        :raises DivergedError: when a tuned LM's loss or gradient is not finite; the last checkpoint stays. Prompts that
+            diverge leave the bank and are named in :attr:`diverged`.
         """
         self.host.weights.begin()
         self.resume()
-        self.monitor.begin(self.name, self.total_steps, self.prompt.step)
+        self.report.begin(self.active, self.waiting)
         try:
-            while self.prompt.step < self.total_steps and not self.selection.exhausted:
-                sums = self.train_step()
-                ends_epoch = self.prompt.step % self.batches.steps_per_epoch == 0
-                if ends_epoch:
-                    self.end_epoch(self.prompt.step // self.batches.steps_per_epoch)
-                every = self.config.checkpoint.every_steps
-                if ends_epoch or sums.stops or (every and self.prompt.step % every == 0):
-                    self.save()
-                if sums.stops:
-                    self.stop.leave()
+            while self.active:
+                stops = self.train_step()
+                ended = [training for training in self.active if training.ends_epoch]
+                self.end_epochs(ended)
+                finished = [training for training in self.active if training.finished]
+                if stops or finished or self.must_save(ended):
+                    self.state.save(self.step, self.active, self.diverged)
+                if stops:
+                    self.stage.stop.leave()
+                self.retire(finished)
+                self.move_up()
         finally:
-            self.monitor.end()
-        self.host.weights.use_best()
-
-    def train_step(self) -> StepSums:
-        indices = self.batches.indices(self.prompt.step)
-        table = self.prompt.table()
-        gradient, sums = self.gradient(indices, table.detach())
-        if not math.isfinite(sums.loss) or not torch.isfinite(gradient).all():
-            raise DivergedError(f"{self.name}: the loss or gradient of step {self.prompt.step + 1} is not finite")
-        factor = rate_factor(self.config.train, self.prompt.step, self.batches.steps_per_epoch)
-        rates = {"learning_rate": self.prompt.learning_rate()} if self.prompt.num_parameters else {}
-        norms = {"encoder_gradient_norm": self.prompt.apply(table, gradient)}
-        if self.host.trained:
-            rates["lm_learning_rate"] = self.config.train.lm_learning_rate * factor
-            norms["lm_gradient_norm"] = self.host.weights.step(factor)
-            if not math.isfinite(norms["lm_gradient_norm"]):
-                raise DivergedError(f"{self.name}: the LM's gradient of step {self.prompt.step} is not finite")
-        roll_call.mark("training")
-        self.report(sums, table, gradient, norms, rates)
-        return sums
-
-    def gradient(self, indices: list[int], table: Tensor) -> tuple[Tensor, StepSums]:
-        """d mean loss / d ``table`` [R, D] over the global batch ``indices``, and its sums; the same on all ranks."""
-        leaf, grid = table.requires_grad_(), self.host.grid
-        gradients: list[Tensor] = []
-        sums = torch.zeros(4, dtype=torch.float64, device=self.host.device)  # loss, hits, examples, tokens
-        pieces = micro_batches(self.lengths, indices, self.config.train.micro_batch, self.host.speed.length_buckets)
-        for piece in rounds(pieces, grid.replica, grid.replicas):
-            members = [Member(self.train[index]) for index in piece]
-            batch = collate(members, self.host, self.pad_id, Member(self.train[indices[0]]))
-            losses, ranks = self.loss_over.losses(batch, leaf)
-            loss = (losses * batch.weights).sum()
-            leaf.grad = None
-            self.host.weights.backward(loss / len(indices))
-            gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)  # None: a table of no rows
-            hits = ((ranks == 0) * batch.weights).sum()
-            tokens = sum(len(member.example.slots) for member in members)
-            sums += torch.stack(
-                [loss.detach(), hits, batch.weights.sum(), torch.tensor(float(tokens)).to(hits)]
-            ).double()
-        total, sums = sum_exactly(gradients, len(pieces), sums, grid.speaks, float(bool(self.stop)))
-        return total, StepSums(*sums.tolist())
-
-    def end_epoch(self, epoch: int) -> None:
-        if epoch % self.config.evaluation.every_epochs and self.prompt.step < self.total_steps:
-            return
-        reading = self.config.scoring.select_on
-        figures = self.evaluate(self.dev, self.prompt.vectors(), self.dev_scorers)[reading].figures
-        gained = self.selection.improves(epoch, figures.p_at_1)
-        if gained:
-            self.best_weights = self.prompt.weights()
-            self.host.weights.keep_best()
-        self.monitor.record("dev", self.name, self.prompt.step, {"epoch": epoch, "reading": reading, **asdict(figures)})
-        mark = " *" if gained else ""
-        self.monitor.say(
-            f"{self.name}  epoch {epoch}/{self.config.train.epochs}  dev P@1 {100 * figures.p_at_1:.1f}  "
-            f"loss {figures.loss:.3f}{mark}"
-        )
-
-    def evaluate(
-        self, examples: list[Example], table: Tensor, scorers: dict[Reading, Scorer]
-    ) -> dict[Reading, Outcome]:
-        batch = self.config.evaluation.batch
-        return evaluate(self.host, [Member(example) for example in examples], table, scorers, batch, self.pad_id)
-
-    def best_vectors(self) -> Tensor:
-        """The rows [R, D] of the best dev epoch."""
-        return self.prompt.vectors_of(self.best_weights)
-
-    def report(
-        self, sums: StepSums, table: Tensor, gradient: Tensor, norms: dict[str, float], rates: dict[str, float]
-    ) -> None:
-        step, loss = self.prompt.step, sums.loss / sums.examples
-        self.pace.mark(step, sums.examples, sums.tokens)
-        if not self.monitor.speaks:
-            return
-        values = {
-            "loss": loss,
-            "p_at_1": sums.hits / sums.examples,
-            **rates,
-            "table_gradient_norm": float(gradient.norm()),
-            **norms,
-            "prompt_norm": float(table.detach().norm(dim=-1).sum() / max(1, len(table))),
-        }
-        self.monitor.record("train", self.name, step, {**values, **self.pace.rates(), **memory()})
-        line = f"loss {loss:.3f}  P@1 {100 * sums.hits / sums.examples:.0f}"
-        self.monitor.advance(step, line)
-        if step % self.config.monitor.log_every == 0 and not self.monitor.draws_progress:
-            speed = self.pace.rates().get("examples_per_s")
-            pace = f"  {speed:.1f} examples/s  left {self.pace.left()}" if speed else ""
-            shown = " ".join(f"{rate:.2e}" for rate in rates.values())
-            self.monitor.say(f"{self.name}  step {step}/{self.total_steps}  {line}  lr {shown}{pace}")
-
-    # -- saving and resuming -------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        if not self.topology.is_main and not self.host.trained:
-            return
-        tensors = {**self.prompt.tensors(), **{f"best.{name}": weight for name, weight in self.best_weights.items()}}
-        state = {
-            "step": self.prompt.step,
-            "selection": asdict(self.selection),
-            "data": self.digest,
-            "backbone": self.host.fingerprint.as_dict(),
-            "metrics_bytes": self.monitor.position(),
-        }
-        if self.host.trained:
-            write = self.host.weights.write
-            self.checkpoints.save_together(self.topology, write, self.prompt.step, tensors, state)
-        else:
-            self.checkpoints.save(self.prompt.step, tensors, state)
+            self.report.end()
+        self.state.clear()
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one."""
-        newest = on_main(self.topology, lambda: self.checkpoints.newest(self.monitor.warn))
-        if newest is None:
-            self.monitor.rewind(self.name, None, 0)
-            return
-        found = read_checkpoint(newest, check_pieces=False)  # rank 0 has checked them
-        if found.state["data"] != self.digest:
-            raise CheckpointError(
-                f"{found.folder}: the training records or their tokens changed since this checkpoint was saved; "
-                "name another run.directory"
-            )
-        self.host.fingerprint.require(found.state["backbone"], found.folder)
-        self.load(found.tensors, found.state)
+        self.step, self.active, self.waiting, self.diverged = self.state.resume(self.waiting)
+        self.retire([training for training in self.active if training.finished])
+        self.move_up()
+
+    def move_up(self) -> None:
+        while self.waiting and len(self.active) < self.at_once:
+            training = self.waiting.pop(0)
+            self.bank.add(training.prompt)
+            self.active.append(training)
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> bool:
+        """One step of every job; whether a rank was asked to stop."""
+        table = self.finite(self.bank.table)
+        members = [member for training in self.active for member in training.batch()]
+        gradient, sums = self.gradient(members, table)
+        gradient, sums, table = self.without_broken(gradient, sums, table)
+        if self.active:
+            rates = {training.name: training.prompt.rate(self.config.train) for training in self.active}
+            norms = self.bank.step(gradient)
+            self.step += 1
+            tuned = self.step_backbone()
+            roll_call.mark("training")
+            self.report.step(self.step, self.active, sums, table, gradient, rates, norms, tuned)
+        return sums.stops > 0
+
+    def gradient(self, members: list[Member], table: Tensor) -> tuple[Tensor, StepSums]:
+        """d (sum of the jobs' mean losses) / d ``table`` [R, D], and the jobs' sums; the same on all ranks."""
+        leaf, grid, train = table.clone().requires_grad_(), self.host.grid, self.config.train
+        place = {training.job.number: index for index, training in enumerate(self.active)}
+        counts = [0] * len(place)
+        for member in members:
+            counts[place[member.job]] += 1
+        gradients: list[Tensor] = []
+        sums = torch.zeros(len(place), 4, dtype=torch.float64, device=self.host.device)
+        lengths = [len(member.example.slots) for member in members]
+        by_length = self.host.speed.length_buckets
+        pieces = micro_batches(lengths, range(len(members)), train.micro_batch, by_length, train.micro_tokens)
+        for piece in rounds(pieces, grid.replica, grid.replicas):
+            mine = [members[index] for index in piece]
+            batch = collate(mine, self.host, self.stage.pad_id, members[0])
+            losses, ranks = self.stage.scorers[self.config.scoring.train_over].losses(batch, leaf)
+            where = torch.tensor([place[member.job] for member in mine or members[:1]], device=self.host.device)
+            share = batch.weights / torch.tensor(counts, device=self.host.device).clamp(min=1)[where]
+            leaf.grad = None
+            self.host.weights.backward((losses * share).sum())
+            gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)  # None: a table of no rows
+            if mine:
+                tokens = torch.tensor([float(lengths[index]) for index in piece]).to(losses)
+                columns = losses.detach(), (ranks == 0).to(losses), torch.ones_like(losses), tokens
+                sums.index_add_(0, where, torch.stack(columns, dim=1).double())
+        total, figures = sum_exactly(gradients, self.pieces_of_rows(pieces, members), sums.flatten(), grid.speaks,
+                                     float(bool(self.stage.stop)))  # fmt: skip
+        loss, hits, examples, tokens = figures[:-1].view(-1, 4).T.tolist()
+        return total, StepSums(loss, hits, examples, tokens, float(figures[-1]))
+
+    def pieces_of_rows(self, pieces: list[list[int]], members: list[Member]) -> list[int]:
+        """In how many micro-batches each row of the table occurs."""
+        occurs = [{members[index].job for index in piece} for piece in pieces]
+        counts = []
+        for training in self.active:
+            counts += [sum(training.job.number in jobs for jobs in occurs)] * training.prompt.rows
+        return counts
+
+    def step_backbone(self) -> tuple[float, float] | None:
+        """One step of a tuned LM: its learning rate and its gradient's norm."""
+        if not self.host.trained:
+            return None
+        (training,) = self.active
+        factor = rate_factor(self.config.train, training.step - 1, training.plan.steps_per_epoch)
+        norm = self.host.weights.step(factor)
+        if not math.isfinite(norm):
+            raise DivergedError(f"{training.name}: the LM's gradient of step {training.step} is not finite")
+        return self.config.train.lm_learning_rate * factor, norm
+
+    # -- jobs that diverge ---------------------------------------------------------------------------------------
+
+    def without_broken(self, gradient: Tensor, sums: StepSums, table: Tensor) -> tuple[Tensor, StepSums, Tensor]:
+        """Take jobs whose loss or gradient is not finite out of the bank; the others' gradient, sums and table.
+
+        What is not finite may spread within a micro-batch, so where it shows in several jobs, each is computed alone.
+        """
+        broken = self.broken(gradient, sums)
+        if not broken:
+            return gradient, sums, table
         if self.host.trained:
-            everywhere(self.topology, lambda: self.host.weights.read(found.pieces, self.prompt.step))
-            self.host.weights.renew()
-        self.monitor.rewind(self.name, found.state["metrics_bytes"], self.prompt.step)
-        self.monitor.say(f"{self.name}  resumed at step {self.prompt.step} of {self.total_steps}")
+            (training,) = broken
+            raise DivergedError(f"{training.name}: {self.not_finite(training)}")
+        if len(broken) > 1:
+            for training in broken:
+                alone, figures = self.gradient(training.batch(), table)
+                place = self.active.index(training)
+                gradient[training.prompt.span] = alone[training.prompt.span]
+                for name in ("loss", "hits"):
+                    getattr(sums, name)[place] = getattr(figures, name)[place]
+            broken = self.broken(gradient, sums)
+        stay = [index for index, training in enumerate(self.active) if training not in broken]
+        kept = [self.active[index].prompt.span for index in stay]
+        gradient = torch.cat([gradient[span] for span in kept]) if kept else gradient[:0]
+        for training in broken:
+            self.give_up(training, self.not_finite(training))
+        columns = [[figure[index] for index in stay] for figure in (sums.loss, sums.hits, sums.examples, sums.tokens)]
+        loss, hits, examples, tokens = columns
+        return gradient, StepSums(loss, hits, examples, tokens, sums.stops), self.bank.table()
 
-    def load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        self.prompt.load(tensors, state["step"])
-        best = {name.removeprefix("best."): weight for name, weight in tensors.items() if name.startswith("best.")}
-        self.best_weights = best
-        self.selection = Selection(**{**state["selection"], "patience": self.config.train.patience})
-        self.pace = Pace(self.total_steps, self.prompt.step)
+    def finite(self, rows: Callable[[], Tensor]) -> Tensor:
+        """The bank's rows [R, D]; jobs whose rows are not finite leave it."""
+        table = rows()
+        broken = [t for t in self.active if not torch.isfinite(table[t.prompt.span]).all()]
+        for training in broken:
+            self.give_up(training, f"the prompt after step {training.step} is not finite")
+        return rows() if broken else table
 
+    def broken(self, gradient: Tensor, sums: StepSums) -> list[Training]:
+        finite = torch.isfinite(gradient).all(dim=1)
+        return [
+            training
+            for training, loss in zip(self.active, sums.loss, strict=True)
+            if not (math.isfinite(loss) and finite[training.prompt.span].all())
+        ]
 
-def _digest(examples: list[Example]) -> str:
-    """What identifies training data as the backbone sees it."""
-    text = ";".join(f"{example.slots}{example.answer_position}{example.answer}" for example in examples)
-    return hashlib.sha256(text.encode()).hexdigest()
+    def not_finite(self, training: Training) -> str:
+        return f"the loss or gradient of step {training.step + 1} is not finite"
+
+    def give_up(self, training: Training, why: str) -> None:
+        self.active.remove(training)
+        self.bank.remove(training.prompt)
+        self.diverged[training.name] = why
+        self.stage.monitor.warn(f"{training.name} leaves the bank: {why}")
+
+    # -- epochs --------------------------------------------------------------------------------------------------
+
+    def must_save(self, ended: list[Training]) -> bool:
+        """At the end of the longest job's epochs, and where the configuration says."""
+        every = self.config.checkpoint.every_steps
+        longest = max((training.plan.steps_per_epoch for training in self.active), default=0)
+        ends = any(training.plan.steps_per_epoch == longest for training in ended)
+        return ends or bool(every and self.step % every == 0)
+
+    def end_epochs(self, ended: list[Training]) -> None:
+        """Evaluate the jobs that end an epoch, together, and keep what is their best."""
+        every = self.config.evaluation.every_epochs
+        due = [t for t in ended if t.epoch % every == 0 or t.step >= t.total_steps]
+        if not due:
+            return
+        reading = self.config.scoring.select_on
+        vectors = self.finite(self.bank.vectors)  # what is not would reach its neighbours in a batch
+        due = [training for training in due if training in self.active]
+        if not due:
+            return
+        members = [member for training in due for member in training.members(training.job.encoded.dev)]
+        outcome = self.stage.evaluate(members, vectors, [reading])[reading]
+        first = 0
+        for training in due:
+            stop = first + len(training.job.encoded.dev)
+            figures = outcome.of(slice(first, stop)).figures
+            first = stop
+            gained = training.selection.improves(training.epoch, figures.p_at_1)
+            if gained:
+                self.bank.keep_best(training.prompt)
+                self.host.weights.keep_best()
+            values = {"epoch": training.epoch, "reading": reading, **asdict(figures)}
+            self.stage.monitor.record("dev", training.name, training.step, values)
+            mark = " *" if gained else ""
+            self.stage.monitor.say(
+                f"{training.name}  epoch {training.epoch}/{self.config.train.epochs}  "
+                f"dev P@1 {100 * figures.p_at_1:.1f}  loss {figures.loss:.3f}{mark}"
+            )
+
+    def retire(self, finished: list[Training]) -> None:
+        """Let jobs go that are done, with their best prompts."""
+        if not finished:
+            return
+        self.host.weights.use_best()
+        best = [self.bank.best_vectors(training.prompt) for training in finished]
+        for training in finished:
+            self.active.remove(training)
+        self.finish(finished, torch.cat(best))
+        for training in finished:
+            self.bank.remove(training.prompt)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megaptune.backbone.architectures import vocabulary_range
 from megaptune.run.grid import ProcessGrid
 
-_NEVER = -1e30  # added to the score of an id that is no token; finite, so that no difference of infinities arises
+NEVER = -1e30  # added to the score of an id that is no token; finite, so that no difference of infinities arises
 
 
 class OutputEmbedding:
@@ -51,7 +51,7 @@ class OutputEmbedding:
             return None
         penalty = torch.zeros(self.stop - self.first, device=self.parameter.device)
         for start, stop in ranges:
-            penalty[start:stop] = _NEVER
+            penalty[start:stop] = NEVER
         return penalty
 
     def rows(self, ids: Tensor | None = None) -> "OutputRows":

@@ -1,8 +1,8 @@
-"""Saving a prompt in training: a folder of one safetensors file and a JSON manifest with its SHA-256.
+"""Saving prompts in training: a folder of safetensors files and a JSON manifest with their SHA-256.
 
 A checkpoint is written beside its place and renamed, so a folder that exists was whole; the checksum finds damage that
-came later. It holds nothing of a frozen backbone; of a tuned one, a file of every rank, which any layout of ranks can
-read. No pickle.
+came later. It holds nothing of a frozen backbone. Where ranks own what is trained, a tuned LM or a sharded bank's
+prompts, each writes a file of its own, and ranks of any layout read what they need. No pickle.
 """
 
 import hashlib
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megaptune.backbone.weight_files import file_checksum
+from megaptune.backbone.weight_pieces import write_tensors
 from megaptune.errors import CheckpointError, first_line
 from megaptune.run.files import flush, read_json, write_json
 from megaptune.run.topology import Topology, everywhere, on_main
@@ -29,12 +30,35 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors by name; state: the JSON part (cursor, early stopping, history); pieces: of a tuned LM, a file a rank."""
+    """state: the JSON part (cursor, early stopping, history); pieces: files of single ranks."""
 
-    tensors: dict[str, Tensor]
     state: dict[str, Any]
     folder: Path
     pieces: list[Path]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that rank 0 wrote, by name."""
+        return load_file(self.folder / _TENSORS)
+
+    @property
+    def lm_pieces(self) -> list[Path]:
+        return [file for file in self.pieces if file.name.startswith("lm-")]
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors whose names begin with ``prefix``, without it, whichever rank wrote them; no others are read."""
+        found = {}
+        for file in [self.folder / _TENSORS, *self.pieces]:
+            if not file.name.startswith("lm-"):
+                with safe_open(file, framework="pt") as handle:
+                    names = [name for name in handle.keys() if name.startswith(prefix)]  # noqa: SIM118  no mapping
+                    found.update({name.removeprefix(prefix): handle.get_tensor(name) for name in names})
+        return found
+
+
+def save_file(tensors: dict[str, Tensor], path: Path) -> str:
+    """Write and flush a safetensors file; its SHA-256. Views of one buffer are welcome."""
+    return write_tensors(path, tensors.items())
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -48,20 +72,22 @@ def write_checkpoint_together(
     write_piece: Callable[[Path], str],
     tensors: dict[str, Tensor],
     state: dict[str, Any],
+    kind: str = "lm",
 ) -> None:
     """The same with a file from every rank; all ranks call this, and rank 0's tensors and state count.
 
     :param write_piece: writes this rank's file and returns its SHA-256.
+    :param kind: what the files begin their names with: ``lm`` or ``prompts``.
     """
     part = on_main(topology, lambda: _begin(folder))
 
     def mine() -> tuple[str, str]:
         if not part.is_dir():
             raise CheckpointError(
-                f"rank {topology.rank} does not see {part.parent}, which rank 0 made: to tune the LM on several nodes, "
-                "run.directory must lie on a file system that they share"
+                f"rank {topology.rank} does not see {part.parent}, which rank 0 made: to tune the LM or to "
+                "shard the prompt encoders on several nodes, run.directory must lie on a file system that they share"
             )
-        name = f"lm-rank-{topology.rank:05d}.safetensors"
+        name = f"{kind}-rank-{topology.rank:05d}.safetensors"
         return name, write_piece(part / name)
 
     checksums = dict(everywhere(topology, mine))
@@ -82,9 +108,7 @@ def _commit(
     part: Path, folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], pieces: dict[str, str]
 ) -> None:
     try:
-        save_file(tensors, part / _TENSORS)
-        flush(part / _TENSORS)
-        checksums = {_TENSORS: file_checksum(part / _TENSORS), "state": _state_checksum(state), **pieces}
+        checksums = {_TENSORS: save_file(tensors, part / _TENSORS), "state": _state_checksum(state), **pieces}
         manifest = {"format": FORMAT, "sha256": checksums, "state": state}
         write_json(part / _MANIFEST, manifest)
         flush(part)
@@ -92,7 +116,7 @@ def _commit(
             shutil.rmtree(folder)
         part.rename(folder)
         flush(folder.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(f"could not write the checkpoint {folder}: {first_line(error)}") from error
 
 
@@ -100,8 +124,9 @@ def _state_checksum(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def read_checkpoint(folder: Path, check_pieces: bool = True) -> Checkpoint:
-    """:raises CheckpointError: naming the file that is missing or damaged."""
+def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
+    """:param check: compare the files' bytes with their checksums; one rank's doing so is enough.
+    :raises CheckpointError: naming the file that is missing or damaged."""
     try:
         manifest = read_json(folder / _MANIFEST)
         checksums, state, version = manifest["sha256"], manifest["state"], manifest["format"]
@@ -116,16 +141,16 @@ def read_checkpoint(folder: Path, check_pieces: bool = True) -> Checkpoint:
         raise CheckpointError(f"{folder / _MANIFEST}: its state does not match its SHA-256")
     file = folder / _TENSORS
     try:
-        for file, checksum in {folder / _TENSORS: expected, **(files if check_pieces else {})}.items():
+        for file, checksum in {folder / _TENSORS: expected, **files}.items() if check else ():
             if file_checksum(file) != checksum:
                 raise CheckpointError(f"{file}: its bytes do not match the manifest's SHA-256")
-        return Checkpoint(load_file(folder / _TENSORS), state, folder, sorted(files))
+        return Checkpoint(state, folder, sorted(files))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: missing or damaged ({error})") from None
 
 
 class CheckpointFolder:
-    """The checkpoints of one job, named by step; the newest ``keep`` stay."""
+    """The checkpoints of jobs that train together, named by step; the newest ``keep`` stay."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -144,9 +169,10 @@ class CheckpointFolder:
         step: int,
         tensors: dict[str, Tensor],
         state: dict[str, Any],
+        kind: str = "lm",
     ) -> None:
         """With a file from every rank; all ranks call this."""
-        write_checkpoint_together(topology, self._of(step), write_piece, tensors, state)
+        write_checkpoint_together(topology, self._of(step), write_piece, tensors, state, kind)
         if topology.is_main:
             self._prune()
 
@@ -178,5 +204,5 @@ class CheckpointFolder:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
 
     def clear(self) -> None:
-        """Remove all: the job has its result."""
+        """Remove all: the jobs have their results."""
         shutil.rmtree(self.folder, ignore_errors=True)

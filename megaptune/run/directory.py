@@ -7,7 +7,8 @@ state.json         running | finished | stopped | failed, with exit code and rea
 backbone.json      what identifies the frozen model
 metrics.jsonl      one line per step and evaluation; TensorBoard (tb/) shows the same figures
 results.json|.md   the table
-jobs/TASK/METHOD/  checkpoints/, result.json, predictions.jsonl, prompt/ (the trained prompt)
+checkpoints/       of the prompts that train together, until they have their results
+jobs/TASK/METHOD/  result.json, predictions.jsonl, prompt/ (the trained prompt); checkpoints/ while a LM is tuned
 """
 
 import datetime
@@ -34,9 +35,9 @@ class RunDirectory:
         self.stop_file = path / "stop"
         self.metrics_file = path / "metrics.jsonl"
 
-    def job(self, task: str, method: str, seed: int | None = None) -> Path:
-        """Where one job of the run keeps its files."""
-        folder = self.path / "jobs" / task / (method if seed is None else f"{method}-seed{seed}")
+    def job(self, task: str, method: str, seed: int | None = None, suffix: str = "") -> Path:
+        """Where one job of the run keeps its files; ``suffix`` says where it stands in a sweep."""
+        folder = self.path / "jobs" / task / (method if seed is None else f"{method}-seed{seed}{suffix}")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -62,7 +63,7 @@ class RunDirectory:
         return known
 
     def _has_progress(self) -> bool:
-        return any(self.path.glob("jobs/*/*/*"))
+        return any(self.path.glob("jobs/*/*/*")) or any(self.path.glob("checkpoints/*"))
 
     def _compare(self, config: Config) -> None:
         try:

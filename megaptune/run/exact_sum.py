@@ -19,14 +19,15 @@ _BITS = 30  # of the 31 that an int32 has beside its sign; one is left for round
 
 
 def sum_exactly(
-    pieces: list[Tensor], num_pieces: int, figures: Tensor, contributes: bool, flag: float = 0.0
+    pieces: list[Tensor], num_pieces: int | list[int], figures: Tensor, contributes: bool, flag: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The sum of all ranks' ``pieces`` (each [R, D] fp32) and of their ``figures`` [F] (fp64), the same on every rank.
 
-    :param num_pieces: of all ranks together; it decides how many bits a piece gets.
+    :param num_pieces: of all ranks together that a row occurs in, or one number for all rows; it decides how many bits
+        a piece gets.
     :param contributes: False on a rank whose pieces and figures another rank gives too.
     :param flag: summed over all ranks, also those that do not contribute.
-    :returns: the sum [R, D] fp32; the figures and the flag [F + 1] fp64. Where a piece is not finite the sum is NaN.
+    :returns: the sum [R, D] fp32; the figures and the flag [F + 1] fp64. Rows in which a piece is not finite are NaN.
     """
     stacked = torch.stack(pieces)
     largest = stacked.abs().amax(dim=(0, 2)) if stacked.numel() else stacked.new_zeros(stacked.shape[1])
@@ -34,17 +35,17 @@ def sum_exactly(
     shared = _gather(torch.cat([given, figures.new_tensor([flag]), largest.double()]))
     width = len(figures) + 1
     sums, largest = shared[:, :width].sum(dim=0), shared[:, width:].amax(dim=0)  # amax hands NaN on
-    if not torch.isfinite(largest).all():
-        return torch.full_like(pieces[0], math.nan), sums
-    exponent = torch.where(largest > 0, torch.frexp(largest).exponent, 0)  # largest < 2 ** exponent
-    scale = torch.exp2((_BITS - math.ceil(math.log2(num_pieces)) - exponent).double())[:, None]
+    finite = torch.isfinite(largest)
+    exponent = torch.where(finite & (largest > 0), torch.frexp(largest).exponent, 0)  # largest < 2 ** exponent
+    counts = torch.tensor(num_pieces, device=largest.device).expand(len(largest)).clamp(min=1)
+    scale = torch.exp2((_BITS - torch.ceil(torch.log2(counts.double())) - exponent).double())[:, None]
     total = torch.zeros(pieces[0].shape, dtype=torch.int32, device=pieces[0].device)
     if contributes:
         for piece in pieces:
-            total += (piece.double() * scale).round().to(torch.int32)
+            total += torch.where(finite[:, None], piece.double() * scale, 0.0).round().to(torch.int32)
     if _several_ranks() and total.numel():
         torch.distributed.all_reduce(total)
-    return (total.double() / scale).float(), sums
+    return torch.where(finite[:, None], total.double() / scale, math.nan).float(), sums
 
 
 def _gather(mine: Tensor) -> Tensor:

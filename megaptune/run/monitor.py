@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megaptune.run.files import write_whole
+
 TIMING = ("time_s", "examples_per_s", "tokens_per_s", "host_memory_gib", "device_memory_gib")
 """The keys of a metrics line that differ from one run to the next; all others repeat exactly."""
 
@@ -67,36 +69,38 @@ class Monitor:
             plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
             writer.add_hparams(plain, {f"hparam/{name}": value for name, value in figures.items()}, run_name=".")
 
-    def position(self) -> int:
-        """The length of metrics.jsonl, flushed to disk: a checkpoint remembers it."""
-        if self._metrics is None:
-            return 0
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
-
-    def rewind(self, job: str, position: int | None, step: int) -> None:
-        """Forget what was recorded after a checkpoint (None: all of the job): those steps will be taken again.
-
-        Jobs run one after the other, so all that follows the position belongs to the unfinished job.
-        """
+    def flush(self) -> None:
+        """Bring the record to the disk: before a checkpoint that follows it."""
         if self._metrics is not None:
-            self._metrics.truncate(self._first_line_of(job) if position is None else position)
-            self._metrics.seek(0, os.SEEK_END)
-        if self._tensorboard_folder is not None:
-            self._close_writer(job)
-            self._writers[job] = self._open_writer(job, purge_step=step + 1)
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
 
-    def _first_line_of(self, job: str) -> int:
-        """Where ``job`` begins in metrics.jsonl, or a line that a kill left unfinished, or the end."""
+    def rewind(self, steps: dict[str, int]) -> None:
+        """Forget what jobs recorded after the steps that they continue from, their test figures, and a torn line."""
+        if self._metrics is not None:
+            self._keep_lines(steps)
+        if self._tensorboard_folder is not None:
+            for job, step in steps.items():
+                self._close_writer(job)
+                self._writers[job] = self._open_writer(job, purge_step=step + 1)
+
+    def _keep_lines(self, steps: dict[str, int]) -> None:
         assert self._metrics is not None
         self._metrics.seek(0)
-        position = 0
-        for line in self._metrics:
-            if not line.endswith(b"\n") or json.loads(line)["job"] == job:
-                break
-            position += len(line)
-        return position
+        kept, dropped = [], False
+        for raw in self._metrics:
+            line = json.loads(raw) if raw.endswith(b"\n") else None
+            stays = line is not None and (
+                line["job"] not in steps or (line["kind"] != "test" and line["step"] <= steps[line["job"]])
+            )
+            dropped = dropped or not stays
+            kept += [raw] if stays else []
+        if dropped:
+            path = Path(os.fsdecode(self._metrics.name))
+            self._metrics.close()
+            write_whole(path, b"".join(kept).decode())
+            self._metrics = path.open("a+b")
+        self._metrics.seek(0, os.SEEK_END)
 
     # -- progress ------------------------------------------------------------------------------------------------
 
@@ -159,8 +163,8 @@ class Monitor:
 class Pace:
     """Throughput and time left, from the last steps; the first ones, which warm up, do not count."""
 
-    def __init__(self, total_steps: int, done: int, window: int = 50) -> None:
-        self.total_steps, self.first = total_steps, done + 2
+    def __init__(self, total_steps: int, done: int, window: int = 50, warm_up: int = 2) -> None:
+        self.total_steps, self.first = total_steps, done + warm_up
         self.marks: deque[tuple[int, float, float, float]] = deque(maxlen=window)
         self.examples = self.tokens = 0.0
 

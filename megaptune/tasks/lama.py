@@ -27,24 +27,24 @@ def load_lama(config: LamaTask, word_list: list[str] | None) -> list[TaskData]:
     return [_load_relation(folders[name], templates, word_list) for name in wanted]
 
 
-def _templates(path: Path) -> dict[str, tuple[str, str]]:
-    """Relation id -> (manual template in megaptune's notation, label)."""
+def _templates(path: Path) -> dict[str, tuple[str, str, str]]:
+    """Relation id -> (manual template in megaptune's notation, label, type)."""
     found = {}
     for source, row in read_rows(path):
         template = take(row, "template", source)
         if "[X]" not in template or "[Y]" not in template:
             raise DataError(f"{source}: the template {template!r} lacks [X] or [Y]")
         notation = template.replace("[X]", "{subject}").replace("[Y]", "[answer]")
-        found[take(row, "relation", source)] = notation, row.get("label", "")
+        found[take(row, "relation", source)] = notation, row.get("label", ""), row.get("type", "")
     return found
 
 
-def _load_relation(folder: Path, templates: dict[str, tuple[str, str]], word_list: list[str] | None) -> TaskData:
+def _load_relation(folder: Path, templates: dict[str, tuple[str, str, str]], word_list: list[str] | None) -> TaskData:
     if folder.name not in templates:
         raise DataError(f"relations.jsonl has no template for {folder.name}")
-    template, label = templates[folder.name]
+    template, label, kind = templates[folder.name]
     splits = {split: [_record(row, source) for source, row in read_rows(folder / f"{split}.jsonl")] for split in SPLITS}
-    return TaskData(folder.name, splits, template, word_list, label).keep_listed_answers()
+    return TaskData(folder.name, splits, template, word_list, label, kind).keep_listed_answers()
 
 
 def _record(row: dict[str, str], source: str) -> Record:

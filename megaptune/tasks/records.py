@@ -33,6 +33,7 @@ class TaskData:
     manual_template: str | None
     word_list: list[str] | None = None
     label: str = ""
+    type: str = ""  # of a LAMA relation: 1-1, N-1 or N-M
     dropped: dict[str, int] = field(default_factory=dict)
 
     def keep_listed_answers(self) -> "TaskData":

@@ -22,3 +22,25 @@ def open_host(
     topology = topology or connect()
     grid = build_grid(topology, settings.tensor_parallel, settings.across_nodes)
     return BackboneHost(describe_backbone(folder, "auto"), dtype, settings, grid, topology.device, speed)
+
+
+def training(config: Any, host: BackboneHost, topology: Topology, task: Any, **candidates: Any) -> Any:
+    """A trainer with one job in it, of an encoded task; ``candidates``: ids of readings beside ``vocabulary``."""
+    from megaptune.examples import PreparedTask
+    from megaptune.jobs import Job, Variant
+    from megaptune.run.directory import RunDirectory
+    from megaptune.run.monitor import Monitor
+    from megaptune.run.stopping import StopRequest
+    from megaptune.scoring import Scorer
+    from megaptune.tasks.records import TaskData
+    from megaptune.trainer import Stage, Trainer
+
+    method = config.methods[0]
+    prepared = PreparedTask(TaskData("t", {}, None), {"vocabulary": None, **candidates}, None, task)
+    folder = RunDirectory(config.run.directory).job("t", method, 0)
+    job = Job(0, method, prepared, task, 0, Variant(config.train.learning_rate, task.template.text), folder)
+    scorers = {reading: Scorer(host, [ids]) for reading, ids in prepared.candidates.items()}
+    stage = Stage(config, host, topology, scorers, 0, Monitor(False), StopRequest(None))
+    trainer = Trainer(stage, [job], folder / "checkpoints", lambda *_: None)
+    trainer.move_up()
+    return trainer

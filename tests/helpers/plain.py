@@ -128,29 +128,30 @@ def trained(config: Config, steps: int = STEPS) -> Trained:
     """The same by megaptune, in a rank of ``run_ranks``, under the configuration's layout."""
     import os
 
-    from hosting import open_host
+    from hosting import open_host, training
 
-    from megaptune.run.directory import RunDirectory
-    from megaptune.run.monitor import Monitor
-    from megaptune.run.stopping import StopRequest
     from megaptune.run.topology import disconnect, read_environment
-    from megaptune.scoring import Scorer
-    from megaptune.trainer import Trainer
 
     parallel = {key: value for key, value in config.parallel.model_dump().items() if key != "layout"}
-    host = open_host(Path(config.backbone.path), config.backbone.dtype, **parallel)
+    host = open_host(Path(config.backbone.path), config.backbone.dtype, speed=config.speed, **parallel)
     data = examples(host.kind == "masked")
     template = Template("[P] [P] [P] [answer]", host.kind)
     task = EncodedTask(template, data, data[:2], data[:2])
-    folder = RunDirectory(config.run.directory).job("t", "ptuning", 0)
-    scorers = {"vocabulary": Scorer(host, None)}
-    topology = read_environment(os.environ)
-    trainer = Trainer(config, 0, "job", host, topology, task, scorers, 0, Monitor(False), folder, StopRequest(None))
+    trainer = training(config, host, read_environment(os.environ), task)
     losses, gradients = [], []
-    for step in range(steps):
-        gradients.append(trainer.gradient(trainer.batches.indices(step), trainer.prompt.vectors())[0])
-        sums = trainer.train_step()
-        losses.append(sums.loss / sums.examples)
-    vectors = trainer.prompt.vectors()
+    for _ in range(steps):
+        gradients.append(trainer.gradient(trainer.active[0].batch(), trainer.bank.vectors())[0])
+        losses.append(step_loss(trainer))
+    vectors = trainer.bank.vectors()
     disconnect()
     return Trained(losses, gradients, vectors)
+
+
+def step_loss(trainer: Any) -> float:
+    """The loss of one step of a trainer with one job."""
+    found = []
+    report = trainer.report.step
+    trainer.report.step = lambda step, active, sums, *rest: found.append(sums.loss[0] / sums.examples[0])
+    trainer.train_step()
+    trainer.report.step = report
+    return found[0]

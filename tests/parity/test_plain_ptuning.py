@@ -13,7 +13,9 @@ from torch import nn
 
 from megaptune.batches import EpochPlan, Member, collate, micro_batches
 from megaptune.config import PromptConfig, TrainConfig, load_config
+from megaptune.prompts.bank import Prompt, PromptBank
 from megaptune.prompts.encoder import build_encoder
+from megaptune.run.topology import Topology
 
 ROWS = 3
 
@@ -74,38 +76,30 @@ def plain_step(model, tokenizer, kind, facts, prompts):
 
 def _trained_by_megaptune(config_path, learning_rate):
     """Gradient of the first step, then three SGD steps: losses, weights and batch order."""
-    from hosting import open_host
+    from hosting import open_host, training
+    from plain import step_loss
 
-    from megaptune.experiment import Experiment
     from megaptune.preparation import prepare_run
-    from megaptune.run.directory import RunDirectory
     from megaptune.run.monitor import Monitor
-    from megaptune.run.stopping import StopRequest
-    from megaptune.run.topology import Topology, disconnect
-    from megaptune.scoring import Scorer
-    from megaptune.trainer import Trainer
+    from megaptune.run.topology import disconnect
 
     config = load_config(config_path)
-    monitor = Monitor(False)
-    prepared = prepare_run(config, monitor)
-    host, topology = open_host(prepared.backbone.folder), Topology()
-    directory = RunDirectory(config.run.directory)
-    experiment = Experiment(prepared, topology, directory, monitor, StopRequest(None), host)
-    task = prepared.tasks[0]
-    scorers = {"vocabulary": Scorer(host, None)}
-    folder = directory.job("cities", "ptuning", 0)
-    trainer = Trainer(
-        config, 0, "job", host, topology, task.tuned, scorers, prepared.pad_id, monitor, folder, experiment.stop
-    )
-    start = {name: value.clone() for name, value in trainer.prompt.encoder.state_dict().items()}
-    gradient, _ = trainer.gradient(trainer.batches.indices(0), trainer.prompt.vectors())
+    prepared = prepare_run(config, Monitor(False))
+    host = open_host(prepared.backbone.folder)
+    trainer = training(config, host, Topology(), prepared.tasks[0].tuned)
+    bank, job = trainer.bank, trainer.active[0]
+
+    def weights():
+        return {name: w.clone() for name, w in bank.stacks[ROWS].views("weight", 0).items()}
+
+    start = weights()
+    gradient, _ = trainer.gradient(job.batch(), bank.vectors())
     losses, orders = [], []
     for step in range(3):
-        orders.append(trainer.batches.indices(step))
-        sums = trainer.train_step()
-        losses.append(sums.loss / sums.examples)
+        orders.append(job.plan.indices(step))
+        losses.append(step_loss(trainer))
     disconnect()
-    return start, gradient, losses, orders, trainer.prompt.encoder.state_dict(), trainer.prompt.vectors()
+    return start, gradient, losses, orders, weights(), bank.vectors()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
@@ -143,14 +137,15 @@ def test_losses_gradients_and_weights_match_a_plain_restatement(kind, config_fil
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_nothing_clips_the_update(scale):
     """update = learning rate x gradient, also where the gradient's norm is far above DeepSpeed's default limit of 1."""
-    from megaptune.prompts.soft_prompt import SoftPrompt
-
     settings = TrainConfig(optimizer="sgd", learning_rate=0.1, weight_decay=0.0, schedule="constant")
-    prompt = SoftPrompt(ROWS, 8, PromptConfig(encoder="table"), settings, 1, 0, torch.device("cpu"))
-    before, gradient = prompt.vectors(), scale * torch.ones(ROWS, 8)
-    norm = prompt.apply(prompt.table(), gradient)
+    cpu = torch.device("cpu")
+    bank = PromptBank(8, PromptConfig(encoder="table"), settings, {ROWS: 1}, cpu, Topology(), sharded=False)
+    bank.add(Prompt("one", ROWS, 0, 0.1, 1))
+    before, gradient = bank.vectors(), scale * torch.ones(ROWS, 8)
+    bank.table()
+    norm = bank.step(gradient)["one"]
     assert norm == pytest.approx(float(gradient.norm()))
-    torch.testing.assert_close(before - prompt.vectors(), 0.1 * gradient, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(before - bank.vectors(), 0.1 * gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_lstm_encoder_gives_the_vectors_of_pefts_prompt_encoder():

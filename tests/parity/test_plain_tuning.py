@@ -55,37 +55,36 @@ def trained_here(config_path: Path, cases: list[Case], tensor_parallel: int) -> 
 
 def _train(config_path: Path, case: Case, overrides: list[str], topology: Any, grid: Any) -> dict[str, Any]:
     """Losses, batch orders, norms, the prompt's start and end, and all weights of the LM."""
+    from hosting import training
+
     from megaptune.backbone.tuned_host import TunedHost
     from megaptune.backbone.weight_pieces import Pieces, Place
     from megaptune.config import load_config
     from megaptune.methods import METHODS
     from megaptune.preparation import prepare_run
     from megaptune.run.monitor import Monitor
-    from megaptune.run.stopping import StopRequest
     from megaptune.run.topology import everywhere
-    from megaptune.scoring import Scorer
-    from megaptune.trainer import Trainer
 
-    config = load_config(config_path, overrides)
+    config = load_config(config_path, [*overrides, f"methods=[{case.method}]"])
     prepared = prepare_run(config, Monitor(False))
     device = topology.device
     host = TunedHost(prepared.backbone, config.backbone.dtype, config.parallel, grid, device, config.train)
     task = prepared.tasks[0]
-    scorers = {reading: Scorer(host, task.candidates[reading]) for reading in ("vocabulary", "answers")}
+    answers = {"answers": task.candidates["answers"]}
+    trainer = training(config, host, topology, task.encoded(METHODS[case.method]), **answers)
     folder = config.run.directory / str(abs(hash(case)))
-    arguments = host, topology, task.encoded(METHODS[case.method]), scorers, prepared.pad_id, Monitor(False), folder
-    trainer = Trainer(config, 0, "job", *arguments, StopRequest(None))
-    start = trainer.prompt.weights()
+    job = trainer.active[0]
+    start = {name: weight.clone() for name, weight in job.prompt.best.items()}
     losses, orders, norms = [], [], []
 
-    def noted(sums, table, gradient, step_norms, rates):
-        norms.append(step_norms["lm_gradient_norm"])
+    def noted(step, active, sums, table, gradient, rates, encoders, tuned):
+        norms.append(tuned[1])
+        losses.append(sums.loss[0] / sums.examples[0])
 
-    trainer.report = noted
+    trainer.report.step = noted
     for step in range(STEPS):
-        orders.append(trainer.batches.indices(step))
-        sums = trainer.train_step()
-        losses.append(sums.loss / sums.examples)
+        orders.append(job.plan.indices(step))
+        trainer.train_step()
     file = folder / f"rank{topology.rank}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     everywhere(topology, lambda: host.weights.write(file))
@@ -95,7 +94,7 @@ def _train(config_path: Path, case: Case, overrides: list[str], topology: Any, g
         place = Place(shape, None, 0, torch.Size(shape).numel())
         weights[name] = pieces.take("weight", name, place).view(shape).clone()
     answer = {"losses": losses, "orders": orders, "norms": norms, "start": start, "weights": weights}
-    return {**answer, "vectors": trainer.prompt.vectors()}
+    return {**answer, "vectors": trainer.bank.vectors()}
 
 
 def plain_loss(model, tokenizer, kind, facts, prompts, candidates):

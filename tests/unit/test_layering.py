@@ -30,8 +30,10 @@ backbone.host
 backbone.weight_pieces  backbone.tuned_weights  backbone.tuned_host
 run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom
-prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.soft_prompt
-examples                batches  scoring  evaluation  trainer  preparation
+prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.grouped
+prompts.encoder_stack   prompts.bank
+examples                batches  scoring  evaluation  jobs  training_report  training_state
+trainer                 preparation
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session

@@ -1,0 +1,128 @@
+"""What one job trains: a relation, a method, a template, a seed, a learning rate, and how far it is."""
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megaptune.batches import EpochPlan, Member
+from megaptune.config import Config
+from megaptune.examples import EncodedTask, Example, PreparedTask
+from megaptune.methods import METHODS, Method, MethodName
+from megaptune.prompts.bank import Prompt
+
+
+@dataclass
+class Selection:
+    """Early stopping on dev P@1: ties replace, as in the released code, and a tie counts as a gain."""
+
+    patience: int
+    best: float = -1.0
+    best_epoch: int = 0
+    misses: int = 0
+
+    def improves(self, epoch: int, score: float) -> bool:
+        if score >= self.best:
+            self.best, self.best_epoch, self.misses = score, epoch, 0
+            return True
+        self.misses += 1
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        return self.patience > 0 and self.misses >= self.patience
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a job stands in a sweep; ``suffix`` names it in the job's folder, and is empty without a sweep."""
+
+    learning_rate: float
+    template: str
+    suffix: str = ""
+
+
+@dataclass(eq=False)
+class Job:
+    """A job of a run: what is trained or merely evaluated. ``number``: its own among all jobs of the run."""
+
+    number: int
+    method_name: MethodName
+    task: PreparedTask
+    encoded: EncodedTask
+    seed: int | None
+    variant: Variant
+    folder: Path
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.method_name]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.data.name}/{self.folder.name}"
+
+    @property
+    def has_result(self) -> bool:
+        return (self.folder / "result.json").is_file()
+
+
+@dataclass(eq=False)
+class Training:
+    """A job in training: its prompt, the batches that await it, its early stopping."""
+
+    job: Job
+    plan: EpochPlan
+    prompt: Prompt
+    selection: Selection
+    total_steps: int
+    digest: str = field(repr=False)
+
+    @classmethod
+    def begin(cls, job: Job, config: Config) -> "Training":
+        assert job.seed is not None, "a job that trains has a seed"
+        train, examples = config.train, job.encoded.train
+        plan = EpochPlan(len(examples), train.global_batch, train.drop_last, job.seed)
+        per_epoch = plan.steps_per_epoch
+        rows = job.encoded.template.num_pseudo_tokens
+        prompt = Prompt(job.name, rows, job.seed, job.variant.learning_rate, per_epoch)
+        return cls(job, plan, prompt, Selection(train.patience), train.epochs * per_epoch, digest(examples))
+
+    @property
+    def name(self) -> str:
+        return self.job.name
+
+    @property
+    def step(self) -> int:
+        return self.prompt.step
+
+    @property
+    def ends_epoch(self) -> bool:
+        return self.step % self.plan.steps_per_epoch == 0
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are complete."""
+        return self.step // self.plan.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps or self.selection.exhausted
+
+    def members(self, examples: list[Example]) -> list[Member]:
+        """Examples as this job's."""
+        return [Member(example, self.prompt.first_row, self.job.number) for example in examples]
+
+    def batch(self) -> list[Member]:
+        """The examples of the coming step."""
+        train = self.job.encoded.train
+        return self.members([train[index] for index in self.plan.indices(self.step)])
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.step, "selection": asdict(self.selection), "data": self.digest}
+
+
+def digest(examples: list[Example]) -> str:
+    """What identifies training data as the backbone sees it."""
+    text = ";".join(f"{example.slots}{example.answer_position}{example.answer}" for example in examples)
+    return hashlib.sha256(text.encode()).hexdigest()
