@@ -76,7 +76,7 @@ def _train_and_die_while_saving(config: Path, run: Path, at_save: int, written: 
 
     def dying_save(tensors, path):
         if next(saves) < at_save:
-            save_file(tensors, path)
+            return save_file(tensors, path)
         elif written == "nothing":
             os.kill(os.getpid(), signal.SIGKILL)
         elif written == "half the tensors":
@@ -85,8 +85,8 @@ def _train_and_die_while_saving(config: Path, run: Path, at_save: int, written: 
                 handle.truncate(path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         else:
-            save_file(tensors, path)
             checkpoint.write_json = dying_write
+            return save_file(tensors, path)
 
     def dying_write(path, value):
         write_json(path, value)
@@ -132,7 +132,7 @@ def _train_until_stopped(config: Path, run: Path, how: str) -> str:
     step = trainer.Trainer.train_step
 
     def step_and_ask(self):
-        if self.prompt.step == 4:
+        if self.step == 4:
             if how == "signal" and os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
             elif how == "file" and os.environ["RANK"] == "0":
@@ -162,11 +162,11 @@ def test_a_stop_asked_of_one_rank_stops_all_and_continues(config, untouched, tmp
 def _damaged_run(config: Path, run: Path, count: int) -> list[Path]:
     """A killed run whose newest ``count`` checkpoints have a flipped bit."""
     with pytest.raises(RankFailed):
-        run_ranks(2, _train_and_kill_all_ranks, config, run, 9)
-    checkpoints = sorted((run / "jobs/cities/ptuning-seed0/checkpoints").glob("step-*"))
+        run_ranks(2, _train_and_kill_all_ranks, config, run, 16)
+    checkpoints = sorted((run / "checkpoints").glob("step-*"))
     assert len(checkpoints) == 2
     for folder in checkpoints[len(checkpoints) - count :]:
-        tensors = folder / "tensors.safetensors"
+        tensors = folder / "prompts-rank-00000.safetensors"
         damaged = bytearray(tensors.read_bytes())
         damaged[-5] ^= 1
         tensors.write_bytes(damaged)

@@ -34,7 +34,7 @@ def _train_steps(config: Path, run: Path, last_step: int, *overrides: str) -> bo
     step = trainer.Trainer.train_step
 
     def step_and_ask(self):
-        if self.prompt.step == last_step - 1 and os.environ["RANK"] == "0":
+        if self.step == last_step - 1 and os.environ["RANK"] == "0":
             (run / "stop").touch()
         return step(self)
 

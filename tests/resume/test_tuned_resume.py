@@ -203,7 +203,7 @@ def _train_until_stopped(config: Path, run: Path) -> str:
     step = Trainer.train_step
 
     def step_and_ask(self):
-        if self.prompt.step == 3 and os.environ["RANK"] == "1":
+        if self.step == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 

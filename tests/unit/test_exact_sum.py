@@ -43,10 +43,13 @@ def test_the_largest_values_do_not_overflow():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_shows(bad):
+def test_what_is_not_finite_shows_in_its_row_alone(bad):
     members = pieces(2)
     members[1][2, 5] = bad
-    assert sum_exactly(members, 2, FIGURES, True)[0].isnan().all()
+    total, _ = sum_exactly(members, 2, FIGURES, True)
+    assert total[2].isnan().all()
+    others = [0, 1, 3]
+    assert torch.equal(total[others], sum_exactly(pieces(2), 2, FIGURES, True)[0][others])
 
 
 def test_nothing_and_no_rows():

@@ -75,24 +75,25 @@ def test_predictions_hold_every_test_record(run):
         assert (prediction["predicted"] == prediction["answer"]) == (prediction["rank"] == 1)
 
 
-def test_rewind_forgets_a_job_and_a_torn_line(tmp_path):
+def test_rewind_forgets_what_unfinished_jobs_recorded_too_early_and_a_torn_line(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    kept = '{"job": "a", "step": 1}\n'
-    file.write_text(kept + '{"job": "b", "step": 1}\n{"job": "b", "st')
+    lines = [("train", job, step) for step in (1, 2, 3) for job in "abc"] + [("test", "a", 3), ("test", "b", 3)]
+    record = "".join(json.dumps({"kind": k, "job": j, "step": s}) + "\n" for k, j, s in lines)
+    file.write_text(record + '{"kind": "train", "job": "c", "st')
     monitor = Monitor(True, file)
-    monitor.rewind("b", None, 0)
-    monitor.record("train", "b", 1, {"loss": 2.0})
+    monitor.rewind({"b": 2, "c": 0})  # a is done
+    monitor.record("train", "b", 3, {"loss": 2.0})
     monitor.close()
-    lines = file.read_text().splitlines()
-    assert lines[0] + "\n" == kept
-    assert [json.loads(line)["loss"] for line in lines[1:]] == [2.0]
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    expected = [(k, j, s) for k, j, s in lines if j == "a" or (j == "b" and k == "train" and s <= 2)]
+    assert [(line["kind"], line["job"], line["step"]) for line in found] == [*expected, ("train", "b", 3)]
 
 
 def test_ranks_other_than_the_first_are_silent(tmp_path, capsys):
     monitor = Monitor(False, tmp_path / "metrics.jsonl", tmp_path / "tb")
     monitor.say("hello")
     monitor.record("train", "a", 1, {"loss": 1.0})
-    monitor.rewind("a", None, 0)
+    monitor.rewind({"a": 0})
     monitor.close()
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []

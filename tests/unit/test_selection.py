@@ -2,7 +2,7 @@
 
 import pytest
 
-from megaptune.trainer import Selection
+from megaptune.jobs import Selection
 
 
 def run(patience: int, scores: list[float]) -> tuple[Selection, int]:
