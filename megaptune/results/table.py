@@ -1,4 +1,5 @@
-"""The table at the end of a run: a column per method, per relation, micro and macro, with its baselines.
+"""The table at the end of a run: a column per method, per relation, micro and macro, also by relation type, with its
+baselines; the variants of a sweep have rows of their own.
 
 Built from the jobs' result files, so it can be made again at any time, also of an unfinished run.
 """
@@ -15,6 +16,9 @@ from rich.table import Table
 from megaptune.config import Config, Reading
 from megaptune.methods import METHODS, MethodName
 from megaptune.run.files import read_json, write_json, write_whole
+
+CHOSEN = "dev's choice"
+"""In averages over a sweep: every relation's variant that is the best on dev."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One relation, or an average of relations, under one reading."""
+    """One relation, or an average of relations, under one reading.
+
+    variant: of a sweep, else empty. dev_choice: whether the relation's dev split prefers this variant to its others.
+    """
 
     name: str
     reading: Reading
@@ -51,6 +58,8 @@ class Row:
     majority: float
     unseen: float
     in_subject: float
+    variant: str = ""
+    dev_choice: bool = False
 
     @property
     def manual(self) -> Spread | None:
@@ -72,9 +81,13 @@ class ResultsTable:
         self.results, self.readings = results, readings
         there = {"manual", "ptuning", *(result["method"] for result in results)}
         self.methods = [name for name in METHODS if name in there]
+        self.seeds = seeds
+        self.variants = list(dict.fromkeys(r["variant"] for r in results if r.get("variant")))
         labels = [METHODS[name].label for name in self.methods]
+        swept = ["variant"] if self.variants else []
         self.columns = [
             "relation",
+            *swept,
             "reading",
             "candidates",
             "test",
@@ -85,35 +98,72 @@ class ResultsTable:
             "in subject",
         ]
         tasks = list(dict.fromkeys(result["task"] for result in results))
-        self.rows = [self._row(task, reading, seeds) for task in tasks for reading in readings]
-        if len(tasks) > 1:
-            self.rows += [
-                self._average(kind, reading, tasks, seeds) for kind in ("macro", "micro") for reading in readings
-            ]
+        self.chosen = {task: self._dev_choice(task) for task in tasks}
+        self.rows = [
+            self._row(task, reading, variant)
+            for task in tasks
+            for variant in self.variants or [""]
+            for reading in readings
+        ]
+        groups = [("", tasks), *self._types(tasks)] if len(tasks) > 1 else []
+        self.rows += [
+            self._average(f"{kind} average of {len(members)}{label}", kind, reading, members, variant)
+            for label, members in groups
+            for kind in ("macro", "micro")
+            for variant in ([*self.variants, CHOSEN] if self.variants else [""])
+            for reading in readings
+        ]
 
     @classmethod
     def read(cls, run: Path, config: Config) -> "ResultsTable":
         files = sorted((run / "jobs").glob("*/*/result.json"), key=lambda file: _natural(file.parent))
         return cls([read_json(file) for file in files], config.scoring.evaluate_over, config.run.seeds)
 
-    def _jobs(self, task: str, method: str) -> list[dict[str, Any]]:
-        return [result for result in self.results if result["task"] == task and result["method"] == method]
+    def _types(self, tasks: list[str]) -> list[tuple[str, list[str]]]:
+        """Relations by type, where there are several types."""
+        types = {result["task"]: result.get("type", "") for result in self.results}
+        names = sorted({types[task] for task in tasks} - {""})
+        found = [(f" {name}", [task for task in tasks if types[task] == name]) for name in names]
+        return found if len(names) > 1 else []
 
-    def _row(self, task: str, reading: Reading, seeds: list[int]) -> Row:
+    def _jobs(self, task: str, method: str, variant: str) -> list[dict[str, Any]]:
+        """A method that is not swept has the same jobs for every variant."""
+        return [
+            result
+            for result in self.results
+            if result["task"] == task and result["method"] == method and result.get("variant", "") in ("", variant)
+        ]
+
+    def _dev_choice(self, task: str) -> str:
+        """The variant whose prompts did best on dev, by the mean over seeds of each one's best epoch."""
+        scores = {}
+        for variant in self.variants:
+            found = [
+                result["best_dev_p_at_1"]
+                for result in self.results
+                if result["task"] == task and result.get("variant") == variant
+            ]
+            if found:
+                scores[variant] = mean(found)
+        return max(scores, key=lambda variant: scores[variant]) if scores else ""
+
+    def _row(self, task: str, reading: Reading, variant: str) -> Row:
         any_job = next(result for result in self.results if result["task"] == task)
         by_method = {
-            method: Spread.of([job["test"][reading]["p_at_1"] for job in self._jobs(task, method)])
+            method: Spread.of([job["test"][reading]["p_at_1"] for job in self._jobs(task, method, variant)])
             for method in self.methods
         }
         scores = {method: spread for method, spread in by_method.items() if spread is not None}
         base = any_job["baselines"]
         shares = base["majority"], base["unseen"], base["in_subject"]
-        count = any_job["counts"]["test"]
-        return Row(task, reading, any_job["candidates"][reading], count, scores, *shares)
+        count, candidates = any_job["counts"]["test"], any_job["candidates"][reading]
+        choice = bool(variant) and variant == self.chosen[task]
+        return Row(task, reading, candidates, count, scores, *shares, variant, choice)
 
-    def _average(self, kind: str, reading: Reading, tasks: list[str], seeds: list[int]) -> Row:
+    def _average(self, name: str, kind: str, reading: Reading, tasks: list[str], variant: str) -> Row:
         """Averaged over relations per seed first, so that the deviation is that of the average."""
-        rows = [row for row in self.rows if row.reading == reading and row.name in tasks]
+        first = self.variants[0] if self.variants else ""
+        rows = [row for row in self.rows if (row.reading, row.variant) == (reading, first) and row.name in tasks]
         weights = [1.0 if kind == "macro" else float(row.test_count) for row in rows]
 
         def average(values: list[float]) -> float:
@@ -122,11 +172,12 @@ class ResultsTable:
         scores: dict[MethodName, Spread] = {}
         for method in self.methods:
             per_seed = []
-            for seed in seeds if METHODS[method].trains else [None]:
+            for seed in self.seeds if METHODS[method].trains else [None]:
                 found = {
                     job["task"]: job["test"][reading]["p_at_1"]
-                    for job in self.results
-                    if job["method"] == method and job["seed"] == seed
+                    for task in tasks
+                    for job in self._jobs(task, method, self.chosen[task] if variant == CHOSEN else variant)
+                    if job["seed"] == seed
                 }
                 if len(found) == len(tasks):
                     per_seed.append(average([found[task] for task in tasks]))
@@ -134,7 +185,7 @@ class ResultsTable:
             if spread is not None:
                 scores[method] = spread
         return Row(
-            f"{kind} average of {len(tasks)}",
+            name,
             reading,
             None,
             sum(row.test_count for row in rows),
@@ -142,11 +193,13 @@ class ResultsTable:
             average([row.majority for row in rows]),
             average([row.unseen for row in rows]),
             average([row.in_subject for row in rows]),
+            variant,
         )
 
     def _cells(self, row: Row) -> list[str]:
         return [
             row.name,
+            *([row.variant + (" *" if row.dev_choice else "")] if self.variants else []),
             row.reading,
             "" if row.candidates is None else str(row.candidates),
             str(row.test_count),
@@ -164,14 +217,16 @@ class ResultsTable:
         table = Table(title="test P@1, per cent", box=box.SIMPLE_HEAD, padding=padding)
         shown = len(self.columns) - (2 if crowded else 0)
         for index, name in enumerate(self.columns[:shown]):
-            justify: Literal["left", "right"] = "left" if index < 2 else "right"
+            justify: Literal["left", "right"] = "left" if index < (3 if self.variants else 2) else "right"
             table.add_column(name.replace(" + ", "\n+ "), justify=justify, no_wrap=True)
         for row in self.rows:
             table.add_row(*self._cells(row)[:shown])
         return table
 
     def markdown(self) -> str:
-        lines = [" | ".join(("", *self.columns, "")).strip(), "| --- | --- |" + " ---: |" * (len(self.columns) - 2)]
+        words = 3 if self.variants else 2
+        rule = "|" + " --- |" * words + " ---: |" * (len(self.columns) - words)
+        lines = [" | ".join(("", *self.columns, "")).strip(), rule]
         lines += [" | ".join(("", *self._cells(row), "")).strip() for row in self.rows]
         notes = (
             "Test P@1 in per cent, mean ± sample deviation over seeds, at the epoch that was best on dev. *answers*: "
@@ -180,12 +235,15 @@ class ResultsTable:
             "*in subject*: test answers that stand inside the subject. *FT*: the LM itself is tuned. *gain*: of "
             "P-tuning over manual."
         )
+        if self.variants:
+            notes += f" \\*: the variant with the best dev P@1; *{CHOSEN}*: every relation with that of its own."
         return "\n".join([*lines, "", notes, ""])
 
     def as_json(self) -> list[dict[str, Any]]:
         return [
             {
                 "relation": row.name,
+                **({"variant": row.variant, "dev_choice": row.dev_choice} if self.variants else {}),
                 "reading": row.reading,
                 "candidates": row.candidates,
                 "test": row.test_count,
