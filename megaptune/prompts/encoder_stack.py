@@ -113,7 +113,8 @@ class EncoderStack:
         self.graphs = []
         parts = []
         for first, stop in self._chunks():
-            weights = {name: stack[first:stop].detach() for name, stack in self.stacks["weight"].items()}
+            # .data: a version counter of its own, for chunks step one after the other within one stack.
+            weights = {name: stack.data[first:stop] for name, stack in self.stacks["weight"].items()}
             if draws is None:
                 with torch.no_grad():
                     parts.append(encode(self.kind, weights))
