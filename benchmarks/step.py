@@ -22,7 +22,7 @@ from megaptune.backbone.host import BackboneHost
 from megaptune.batches import Batch, collate
 from megaptune.config import ParallelConfig, PromptConfig, TrainConfig
 from megaptune.examples import Example
-from megaptune.prompts.soft_prompt import SoftPrompt
+from megaptune.prompts.bank import Prompt, PromptBank
 from megaptune.prompts.template import Template
 from megaptune.prompts.tokens import TokenForms
 from megaptune.run.grid import ProcessGrid
@@ -75,8 +75,10 @@ def main() -> None:
     topology = connect()
     torch.set_num_threads(1)
     host = BackboneHost(describe_backbone(folder, "causal"), "fp32", ParallelConfig(), ProcessGrid(), topology.device)
-    scorer = Scorer(host, None)
-    prompt = SoftPrompt(6, host.width, PromptConfig(), TrainConfig(), 100, 0, host.device)
+    scorer = Scorer(host, [None])
+    settings = TrainConfig()
+    bank = PromptBank(host.width, PromptConfig(), settings, {6: 1}, host.device, topology, sharded=False)
+    bank.add(Prompt("prompt", 6, 0, settings.learning_rate, 100))
     data = batches(host, load_tokenizer(folder), Template("[P*3] {city} [P*3] [answer]", "causal"))
     ways = {
         "megaptune": lambda batch, table: our_loss(host, scorer, batch, table),
@@ -87,11 +89,11 @@ def main() -> None:
         for name, loss_of in ways.items():
             batch = data[turn % len(data)]
             begin = time.process_time()
-            table = prompt.table()
-            leaf = table.detach().requires_grad_()
+            table = bank.table()
+            leaf = table.clone().requires_grad_()
             loss_of(batch, leaf).backward()
             assert leaf.grad is not None
-            prompt.apply(table, leaf.grad)
+            bank.step(leaf.grad)
             if turn:  # the first turn warms up
                 seconds[name].append(time.process_time() - begin)
     for name, taken in seconds.items():

@@ -308,6 +308,12 @@ class Config(Section):
         """Of P-tuning: the sweep, or the one template."""
         return self.jobs.templates or [self.prompt.template]
 
+    def jobs_at_once(self, tasks: int) -> int:
+        """How many prompts of so many tasks share a step; methods that tune the LM train one job at a time."""
+        frozen = sum(METHODS[name].trains and not METHODS[name].tunes_lm for name in self.methods)
+        count = frozen * tasks * len(self.run.seeds) * len(self.learning_rates) * len(self.templates)
+        return max(1, min(count, self.jobs.at_once or count))
+
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but the layout, logging and retention, which a resumed run may change."""
         exempt = {"run", "parallel", "checkpoint", "monitor", "speed", "kernels", "launch", "evaluation"}

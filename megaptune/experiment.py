@@ -283,12 +283,6 @@ class Experiment:
             for e, word, rank in zip(examples, words, outcome.rank.tolist(), strict=True)
         ]
 
-    def together(self) -> int:
-        """Jobs that share a step."""
-        frozen = sum(METHODS[name].trains and not METHODS[name].tunes_lm for name in self.config.methods)
-        count = frozen * len(self.prepared.tasks) * len(self.config.run.seeds) * len(self.variants())
-        return max(1, min(count, self.config.jobs.at_once or count))
-
     def require_finite(self) -> None:
         """:raises DivergedError: naming the jobs that diverged, when all others have their results."""
         if self.diverged:
@@ -303,7 +297,7 @@ class Experiment:
         extras = ", offload to " + parallel.offload if parallel.offload != "none" else ""
         extras += ", activations recomputed" if parallel.activation_checkpointing else ""
         train = config.train
-        together = self.together()
+        together = config.jobs_at_once(len(self.prepared.tasks))
         union = train.global_batch * together
         micro = min(train.micro_batch, union)
         pieces = -(-union // micro)

@@ -12,6 +12,7 @@ from typing import Literal
 from megaptune.backbone.zero_config import PREFETCHED_ELEMENTS, REUSE_ELEMENTS, tuned_stage
 from megaptune.planning.layout import Layout, Machines
 from megaptune.planning.workload import Shapes, Tensor, Workload, encoder_elements, largest_module
+from megaptune.prompts.encoder_stack import CHUNK
 
 # Estimates: CUDA's context, the libraries' workspaces and NCCL's buffers; Python with torch and DeepSpeed.
 CUDA_OVERHEAD_BYTES = 3 * 2**29
@@ -59,14 +60,18 @@ def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines
     trains = sum(training.values()) >= sum(evaluating.values())
     peak: Literal["training", "evaluation"] = "training" if trains else "evaluation"
     fuller = training if trains else evaluating
-    device = {**_weights(shapes, work, layout, machines, tensors), **fuller, **_prompt(shapes, work)}
+    device = {
+        **_weights(shapes, work, layout, machines, tensors),
+        **fuller,
+        **_prompt(shapes, work, layout, machines.device == "cpu"),
+    }
     if work.tuned:
         device |= _tuning(shapes, tensors, work, layout)
     device["fixed overhead"] = PROCESS_BYTES if machines.device == "cpu" else CUDA_OVERHEAD_BYTES
     host = _offloaded(shapes, layout, tensors)
     if machines.device == "cpu":
         return Memory({**device, **host}, {}, peak)
-    best = 2 * 4 * encoder_elements(work.encoder, work.prompt_rows, shapes.width)
+    best = owned(work, layout) * 4 * encoder_elements(work.encoder, work.prompt_rows, shapes.width)
     return Memory(device, {**host, "best prompt": best, "process": PROCESS_BYTES}, peak)
 
 
@@ -128,12 +133,20 @@ def gathered_bytes(shapes: Shapes, work: Workload, layout: Layout, tensors: tupl
     return live * shapes.itemsize + fetched
 
 
-def _prompt(shapes: Shapes, work: Workload) -> dict[str, int]:
-    """The encoder is whole and fp32 on every rank; of many tasks and seeds, one is trained at a time."""
+def _prompt(shapes: Shapes, work: Workload, layout: Layout, on_cpu: bool) -> dict[str, int]:
+    """Encoders are fp32 and stay outside DeepSpeed: of the jobs that train together, those that the rank owns, with
+    their moments; gradients are there for a chunk of them, and the best epochs' weights lie in host memory."""
     size = 4 * encoder_elements(work.encoder, work.prompt_rows, shapes.width)
+    held = owned(work, layout)
+    chunk = min(held, CHUNK["cpu" if on_cpu else "cuda"])
     moments = 2 * size if work.optimizer == "adam" else 0
-    # torch steps all parameters at once on CUDA, with copies of them; on a CPU the best epoch's prompt lies beside.
-    return {"prompt encoder": 2 * size, "prompt optimizer": moments + 2 * size}
+    best = held * size if on_cpu else 0
+    return {"prompt encoder": held * size + chunk * size, "prompt optimizer": held * moments + best}
+
+
+def owned(work: Workload, layout: Layout) -> int:
+    """Jobs that the fullest rank owns."""
+    return -(-work.jobs // layout.world_size) if work.is_sharded(layout.world_size) else work.jobs
 
 
 def _tuning(shapes: Shapes, tensors: tuple[Tensor, ...], work: Workload, layout: Layout) -> dict[str, int]:

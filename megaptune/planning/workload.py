@@ -20,13 +20,16 @@ from megaptune.prompts.encoder import build_encoder
 from megaptune.prompts.template import Template, Text
 from megaptune.tasks.records import Record
 
+LAMA_RELATIONS = 41  # of T-REx
 TRACED_BLOCKS = 2  # the first has what all share, the second stands for the others
 
 
 @dataclass(frozen=True)
 class Workload:
     """A step's sizes. tokens: the longest training input; candidates: rows of each reading's set, None for all of the
-    vocabulary; basis: where lengths and counts are from, for the reader."""
+    vocabulary; basis: where lengths and counts are from, for the reader. jobs: prompts that
+    train together, whose ``global_batch`` is that of all of them; sharded: whether ranks own them in turn, None for
+    several ranks and jobs."""
 
     global_batch: int
     micro_batch: int
@@ -40,17 +43,27 @@ class Workload:
     candidates: dict[Reading, int | None]
     tuned: bool
     basis: str
+    jobs: int = 1
+    sharded: bool | None = None
 
     @property
     def pieces(self) -> int:
         """Micro-batches of a global batch."""
         return -(-self.global_batch // self.micro_batch)
 
+    def is_sharded(self, world_size: int) -> bool:
+        """Whether ranks own the encoders in turn."""
+        wanted = self.jobs > 1 if self.sharded is None else self.sharded
+        return wanted and world_size > 1 and not self.tuned
+
     @classmethod
     def assumed(cls, config: Config, kind: Kind, tokens: int, basis: str, words: int = 0) -> "Workload":
         """Without the data: inputs of ``tokens`` tokens, ``words`` single-token words in the word list."""
         counts: dict[Reading, int | None] = {"answers": 500, "word_list": words, "vocabulary": None}
-        return cls._of(config, Template(config.prompt.template, kind).num_pseudo_tokens, tokens, tokens, counts, basis)
+        rows = max(Template(text, kind).num_pseudo_tokens for text in config.templates)
+        relations = getattr(config.task, "relations", [""])
+        tasks = LAMA_RELATIONS if relations == "all" else len(relations)
+        return cls._of(config, rows, tokens, tokens, counts, basis, tasks)
 
     @classmethod
     def prepared(cls, run: PreparedRun) -> "Workload":
@@ -58,7 +71,7 @@ class Workload:
         tasks = [
             task
             for prepared in run.tasks
-            for task in (prepared.tuned, prepared.manual, prepared.bare)
+            for task in (*prepared.swept.values(), prepared.manual, prepared.bare)
             if task is not None
         ]
         train = [len(example.slots) for task in tasks for example in task.train]
@@ -69,17 +82,27 @@ class Workload:
                 if ids is not None:
                     counts[reading] = max(counts.get(reading) or 0, len(ids))
         rows = max(task.template.num_pseudo_tokens for task in tasks)
-        return cls._of(run.config, rows, max(train or other), max(other), counts, "the data's longest inputs")
+        return cls._of(
+            run.config, rows, max(train or other), max(other), counts, "the data's longest inputs", len(run.tasks)
+        )
 
     @classmethod
     def _of(
-        cls, config: Config, rows: int, tokens: int, evaluated: int, counts: dict[Reading, int | None], basis: str
+        cls,
+        config: Config,
+        rows: int,
+        tokens: int,
+        evaluated: int,
+        counts: dict[Reading, int | None],
+        basis: str,
+        tasks: int,
     ) -> "Workload":
         train = config.train
+        jobs = config.jobs_at_once(tasks)
         wanted = {*config.scoring.evaluate_over, config.scoring.train_over}
         return cls(
-            global_batch=train.global_batch,
-            micro_batch=min(train.micro_batch, train.global_batch),
+            global_batch=train.global_batch * jobs,
+            micro_batch=min(train.micro_batch, train.global_batch * jobs),
             tokens=tokens,
             evaluation_batch=config.evaluation.batch,
             evaluation_tokens=evaluated,
@@ -90,6 +113,8 @@ class Workload:
             candidates={reading: count for reading, count in counts.items() if reading in wanted},
             tuned=config.tunes_lm,
             basis=basis,
+            jobs=jobs,
+            sharded=None if config.jobs.shard_encoders == "auto" else config.jobs.shard_encoders,
         )
 
 

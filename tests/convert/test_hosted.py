@@ -26,7 +26,7 @@ def _scores(folder: Path, ids: torch.Tensor, stage: int) -> tuple[torch.Tensor, 
     host = open_host(folder, tensor_parallel=2, zero_stage=stage)
     places = torch.full((ROWS,), len(ids) - 1)
     features = host.features(Padded(ids.expand(ROWS, -1), None, places), torch.zeros(0, host.width))
-    loss, _, prediction = Scorer(host, None)(features, torch.arange(ROWS))
+    loss, _, prediction = Scorer(host, [None])(features, torch.arange(ROWS))
     disconnect()
     return loss.detach(), prediction
 

@@ -52,7 +52,7 @@ def figures(folder, parallel, settings):
         members = [Member(example, 0, number % 3) for number, example in enumerate(data)]
         host.keep_contexts([m.slots for m in members], [m.job for m in members], None)
         candidates = torch.tensor(sorted({example.answer for example in data} | {5, 50}))
-        scorer = Scorer(host, candidates)
+        scorer = Scorer(host, [candidates])
         table = torch.randn(ROWS, host.width, generator=torch.Generator().manual_seed(1)).requires_grad_()
         losses, ranks = scorer.losses(collate(members, host, 0, members[0]), table)
         losses.sum().backward()

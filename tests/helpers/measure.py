@@ -137,7 +137,7 @@ def measure_step(folder: Path, layout: Layout) -> dict[str, float]:
             zero_stage=layout.zero_stage,
             activation_checkpointing=layout.activation_checkpointing,
         )
-        held, scorer = held_bytes(host.module), Scorer(host, None)
+        held, scorer = held_bytes(host.module), Scorer(host, [None])
         slots = torch.arange(EXAMPLES * TOKENS).view(EXAMPLES, TOKENS) % 500
         slots[:, :ROWS] = -1 - torch.arange(ROWS)
         mask = None

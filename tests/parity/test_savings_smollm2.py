@@ -46,7 +46,7 @@ def _gradients(folder, text):
         host.keep_contexts([m.slots for m in members], [0] * len(members), None)
         table = (0.1 * torch.randn(6, host.width, generator=torch.Generator().manual_seed(0))).requires_grad_()
         candidates = torch.tensor(sorted({m.example.answer for m in members}))
-        losses, ranks = Scorer(host, candidates).losses(collate(members, host, 0, members[0]), table)
+        losses, ranks = Scorer(host, [candidates]).losses(collate(members, host, 0, members[0]), table)
         losses.sum().backward()
         found.append((losses.detach(), ranks, table.grad))
     disconnect()
@@ -67,7 +67,7 @@ def _in_both_dtypes(folder):
     for dtype in ("fp32", "bf16"):
         host = open_host(folder, dtype, topology=topology)
         table = host.module.vocabulary[504:510].detach().float().clone().requires_grad_()
-        losses, _ = Scorer(host, None).losses(collate(members, host, 0, members[0]), table)
+        losses, _ = Scorer(host, [None]).losses(collate(members, host, 0, members[0]), table)
         losses.sum().backward()
         found.append(table.grad)
     disconnect()

@@ -205,6 +205,17 @@ def test_a_family_without_a_table_is_never_divided(tmp_path):
     assert {(c.layout.tensor_parallel, c.layout.activation_checkpointing) for c in found} == {(1, False)}
 
 
+def test_a_bank_holds_its_encoders_and_ranks_own_them_in_turn(megatron):
+    """41 encoders with moments on 4 GPUs: 11 on the fullest, 41 on each where they are not sharded."""
+    size = 4 * encoder_elements("lstm", WORK.prompt_rows, D)
+    for sharded, held in ((None, 11), (False, 41)):
+        work = replace(WORK, jobs=41, global_batch=41 * 8, sharded=sharded)
+        memory = memory_of(megatron, work, Layout(4, 1), Machines(1, 4, 2**40))
+        assert memory.device["prompt optimizer"] == 2 * held * size
+        assert memory.device["prompt encoder"] == (held + min(held, 16)) * size
+        assert memory.host["best prompt"] == held * size
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
