@@ -19,6 +19,7 @@ from megaptune.planning import layout
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ROOT / "configs" / "lama_11b.yaml"
 FOUR_NODES = ("--nodes", "4", "--gpus-per-node", "8", "--gpu-memory", "80GiB")
+ONE_JOB = ("--set", "jobs.at_once=1")
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def run(*arguments: object, code: int = 0) -> str:
 def test_11b_is_planned_without_its_weights_its_data_and_deepspeed():
     script = (
         "import sys; from megaptune.cli import app\n"
-        f"try: app(['plan', '--config', {str(LARGE)!r}, '--json', *{FOUR_NODES!r}])\n"
+        f"try: app(['plan', '--config', {str(LARGE)!r}, '--json', *{(*FOUR_NODES, *ONE_JOB)!r}])\n"
         "finally: assert 'deepspeed' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -72,7 +73,7 @@ def test_11b_is_planned_without_its_weights_its_data_and_deepspeed():
 
 
 def test_the_tables_name_components_traffic_and_reason():
-    shown = run("plan", "--config", LARGE, *FOUR_NODES, "--set", "parallel.tensor_parallel=1")
+    shown = run("plan", "--config", LARGE, *FOUR_NODES, *ONE_JOB, "--set", "parallel.tensor_parallel=1")
     for part in ("weights", "saved activations", "prompt encoder", "prompt optimizer", "logits", "fixed overhead"):
         assert part in shown
     for part in ("tensor-parallel sums", "gradient of the prompt table", "28 of 32 ranks without a micro-batch"):
