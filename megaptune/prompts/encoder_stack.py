@@ -28,19 +28,26 @@ def stacked_name(name: str) -> tuple[str, int | None]:
     return name.removesuffix(REVERSE), int(name.endswith(REVERSE))
 
 
-def encode(kind: str, weights: dict[str, Tensor], dropped: Tensor | None = None) -> Tensor:
-    """Rows [J, R, D] of J encoders; ``dropped`` [J, R, 2 H] multiplies the states between the LSTM's layers."""
+def encode(
+    kind: str, weights: dict[str, Tensor], dropped: Tensor | None = None, outs: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Rows [J, R, D] of J encoders; ``dropped`` [J, R, 2 H] multiplies the states between the LSTM's layers.
+
+    ``outs`` take the gradients of the weight matrices.
+    """
+    into = outs or {}
     states = weights["embedding.weight"]
     if kind == "table":
         return states * 1.0
     if kind == "lstm":
         for layer in (0, 1):
             names = [f"lstm.{part}_l{layer}" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            states = bilstm(states, *(weights[name] for name in names))
+            w_ih, w_hh, b_ih, b_hh = (weights[name] for name in names)
+            states = bilstm(states, w_ih, w_hh, b_ih, b_hh, (into[names[0]], into[names[1]]) if into else None)
             if layer == 0 and dropped is not None:
                 states = states * dropped
-    states = torch.relu(linear(states, weights["mlp.0.weight"], weights["mlp.0.bias"]))
-    return linear(states, weights["mlp.2.weight"], weights["mlp.2.bias"])
+    states = torch.relu(linear(states, weights["mlp.0.weight"], weights["mlp.0.bias"], into.get("mlp.0.weight")))
+    return linear(states, weights["mlp.2.weight"], weights["mlp.2.bias"], into.get("mlp.2.weight"))
 
 
 class EncoderStack:
@@ -63,6 +70,12 @@ class EncoderStack:
         self.stacks = {
             kind: {name: torch.zeros(capacity, *shape, device=device) for name, shape in stacked.items()}
             for kind in kinds
+        }
+        chunk = min(capacity, CHUNK.get(device.type, 1))
+        self.gradients = {
+            name: torch.empty(chunk, *shape, device=device)
+            for name, shape in stacked.items()
+            if "weight" in name and name != "embedding.weight"
         }
         self.graphs: list[tuple[int, int, list[Tensor], Tensor]] = []
 
@@ -121,7 +134,8 @@ class EncoderStack:
                 continue
             with torch.enable_grad():
                 leaves = [weight.requires_grad_() for weight in weights.values()]
-                rows = encode(self.kind, weights, self._dropped(draws[first:stop]))
+                outs = {name: gradient[: stop - first] for name, gradient in self.gradients.items()}
+                rows = encode(self.kind, weights, self._dropped(draws[first:stop]), outs)
             self.graphs.append((first, stop, leaves, rows))
             parts.append(rows.detach())
         return torch.cat(parts)

@@ -1,7 +1,8 @@
 """Layers of several encoders of one shape in one grouped computation: J linear layers, J bidirectional LSTM layers.
 
 An encoder's result does not depend on which others are computed with it. The LSTM walks over the few rows; its weight
-gradients are one product at the end, not one a row.
+gradients are one product at the end, not one a row. They are written into memory that the caller keeps: fresh pages
+cost a CPU several times what the product does.
 
 J encoders, R table rows, H LSTM width of a direction, I and O widths of a layer's inputs and outputs.
 """
@@ -12,38 +13,53 @@ import torch
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [J, R, I], weight [J, O, I], bias [J, O] -> [J, R, O]."""
-    return _Linear.apply(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [J, R, I], weight [J, O, I], bias [J, O] -> [J, R, O]; ``out`` takes the weight's gradient."""
+    return _Linear.apply(x, weight, bias, out)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.out = out
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         # The weight's gradient comes out contiguous, as the optimizer reads it.
-        return torch.bmm(gradient, weight), torch.bmm(gradient.transpose(1, 2), x), gradient.sum(dim=1)
+        to_weight = _product(gradient.transpose(1, 2), x, ctx.out)
+        return torch.bmm(gradient, weight), to_weight, gradient.sum(dim=1), None
 
 
-def bilstm(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
+
+
+def bilstm(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor,
+    b_hh: Tensor,
+    outs: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """A bidirectional LSTM layer, as torch's: x [J, R, I] -> states [J, R, 2 H], forward ones first.
 
     w_ih [J, 2, 4 H, I], w_hh [J, 2, 4 H, H], b_ih and b_hh [J, 2, 4 H]: forward, then backward direction; gates in
-    the order input, forget, cell, output.
+    the order input, forget, cell, output. ``outs`` take the gradients of w_ih and w_hh.
     """
-    return _BiLstm.apply(x, w_ih, w_hh, b_ih, b_hh)
+    return _BiLstm.apply(x, w_ih, w_hh, b_ih, b_hh, outs)
 
 
 class _BiLstm(torch.autograd.Function):
     """Both directions of all encoders are 2 J recurrences side by side; the backward one reads the rows reversed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, outs: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         jobs, rows, hidden = x.shape[0], x.shape[1], w_hh.shape[3]
         inputs = torch.stack([x, x.flip(1)], dim=1).flatten(0, 1)  # [2 J, R, I]
         biases = (b_ih + b_hh).flatten(0, 1)[:, None]
@@ -63,11 +79,12 @@ class _BiLstm(torch.autograd.Function):
                 cells[:, row].addcmul_(keep, cells[:, row - 1])
             torch.mul(leave, cells[:, row].tanh(), out=states[:, row])
         ctx.save_for_backward(inputs, w_ih, w_hh, gates, cells, states)
+        ctx.outs = (None, None) if outs is None else tuple(out.flatten(0, 1) for out in outs)
         forth, back = states.view(jobs, 2, rows, hidden).unbind(dim=1)
         return torch.cat([forth, back.flip(1)], dim=2)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, w_ih, w_hh, gates, cells, states = ctx.saved_tensors
         jobs, rows, hidden = gradient.shape[0], gradient.shape[1], w_hh.shape[3]
         forth, back = gradient.split(hidden, dim=2)
@@ -93,9 +110,9 @@ class _BiLstm(torch.autograd.Function):
             else:
                 d_keep.zero_()
         turned = slopes.transpose(1, 2)
-        to_w_ih = torch.bmm(turned, inputs).view_as(w_ih)
-        to_w_hh = torch.bmm(turned[:, :, 1:], states[:, :-1]).view_as(w_hh)
+        to_w_ih = _product(turned, inputs, ctx.outs[0]).view_as(w_ih)
+        to_w_hh = _product(turned[:, :, 1:], states[:, :-1], ctx.outs[1]).view_as(w_hh)
         to_bias = slopes.sum(dim=1).view(jobs, 2, 4 * hidden)
         to_inputs = torch.bmm(slopes, w_ih.flatten(0, 1)).view(jobs, 2, rows, -1)
         to_x = to_inputs[:, 0] + to_inputs[:, 1].flip(1)
-        return to_x, to_w_ih, to_w_hh, to_bias, to_bias.clone()
+        return to_x, to_w_ih, to_w_hh, to_bias, to_bias.clone(), None
