@@ -123,7 +123,7 @@ class ResultsTable:
         """Relations by type, where there are several types."""
         types = {result["task"]: result.get("type", "") for result in self.results}
         names = sorted({types[task] for task in tasks} - {""})
-        found = [(f" {name}", [task for task in tasks if types[task] == name]) for name in names]
+        found = [(f", type {name}", [task for task in tasks if types[task] == name]) for name in names]
         return found if len(names) > 1 else []
 
     def _jobs(self, task: str, method: str, variant: str) -> list[dict[str, Any]]:

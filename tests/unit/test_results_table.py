@@ -136,6 +136,34 @@ def test_methods_that_tune_the_lm_have_columns_of_their_own():
     assert "finetune" not in macro.scores  # P103 has none
 
 
+def test_relations_average_by_type_too():
+    types = {"P17": "N-1", "P103": "N-M"}
+    found = rows([{**job, "type": types[job["task"]]} for job in RESULTS])
+    assert str(found["macro average of 1, type N-M"].manual) == "60.0"
+    assert found["micro average of 1, type N-1"].ptuning.mean == pytest.approx(0.55)
+
+
+def test_a_sweep_averages_each_variant_and_what_dev_would_choose():
+    """On P17 dev prefers the small rate, on P103 the large one; test scores decide nothing."""
+    scores = {
+        ("P17", "lr1"): (0.9, 0.2),
+        ("P17", "lr2"): (0.1, 0.8),
+        ("P103", "lr1"): (0.3, 0.6),
+        ("P103", "lr2"): (0.4, 0.5),
+    }
+    swept = [
+        {**result(task, "ptuning", 0, test, 100), "variant": variant, "best_dev_p_at_1": dev}
+        for (task, variant), (dev, test) in scores.items()
+    ]
+    table = ResultsTable([*[job for job in RESULTS if job["method"] == "manual"], *swept], ["vocabulary"], [0])
+    by_name = {(row.name, row.variant): row for row in table.rows}
+    chosen = {key for key, row in by_name.items() if row.dev_choice}
+    assert chosen == {("P17", "lr1"), ("P103", "lr2")}
+    macro = {variant: by_name["macro average of 2", variant].ptuning.mean for variant in ("lr1", "lr2", "dev's choice")}
+    assert macro == pytest.approx({"lr1": 0.4, "lr2": 0.65, "dev's choice": 0.35})
+    assert by_name["P17", "lr2"].manual.mean == 0.2
+
+
 def test_console_shows_all_methods_whole_on_a_line():
     from rich.console import Console
 
