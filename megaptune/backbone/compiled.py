@@ -1,0 +1,67 @@
+"""``torch.compile`` of a frozen backbone's blocks: one compilation for all of them and for every number of tokens.
+
+Between matrix products a block passes over its activations many times (norms, rotary positions, gates, laying packed
+tokens side by side); Inductor makes few passes of them. What it makes is kept in the user's cache directory, so only
+the first run on a machine waits for it.
+"""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaptune.backbone.architectures import FAMILIES
+from megaptune.backbone.embedded import cache_directory
+from megaptune.backbone.packed_attention import BlockForward
+from megaptune.errors import BackboneError, ConfigError, SetupError
+
+VARIANTS = 32
+"""Compilations at most: with and without gradients, each kind of prefix, sizes of one, that torch compiles apart."""
+
+
+def require_compilable(family: str, packs: bool, zero_stage: int, trained: bool, device: torch.device) -> None:
+    """:raises MegaptuneError: where ``speed.compile_blocks`` cannot be had, saying what to change."""
+    off = "or set speed.compile_blocks: false"
+    if family not in FAMILIES:
+        raise BackboneError(f"speed.compile_blocks is for {', '.join(FAMILIES)}; the backbone is {family!r}: {off[3:]}")
+    if trained:
+        raise ConfigError(f"speed.compile_blocks is for a frozen LM and a method tunes it: run that one apart, {off}")
+    if zero_stage == 3:
+        raise ConfigError(
+            "speed.compile_blocks needs the weights in place, and ZeRO 3 fetches them as they are used: set "
+            f"parallel.zero_stage: 0, with parallel.tensor_parallel where one rank cannot hold them, {off}"
+        )
+    if not packs:
+        raise ConfigError(
+            "speed.compile_blocks compiles the reading of packed batches: set speed.answers_only and one of packing, "
+            f"share_leading_tokens, cut_last_block and context_cache, {off}"
+        )
+    missing = _missing(device)
+    if missing:
+        raise SetupError(f"speed.compile_blocks: torch.compile needs {missing}: install it, {off}")
+
+
+def _missing(device: torch.device) -> str | None:
+    """What Inductor would look for in vain."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"a C++ compiler, and there is no {compiler!r} (CXX names another)"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return None if device.type == "cuda" or header.is_file() else f"Python's headers, and there is no {header}"
+
+
+def compile_blocks(blocks: list[Any]) -> None:
+    """Let blocks that read packed batches do so compiled; nothing is compiled before the first of them."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+    import torch._dynamo.config
+    import torch._functorch.config
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    # Ours are traced whole into the graph that is the cache's key.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    for block in blocks:
+        assert isinstance(block.forward, BlockForward)
+        block.forward.packed = torch.compile(block.forward.padded, dynamic=True)
