@@ -252,6 +252,7 @@ class Experiment:
         parallel, replicas = config.parallel, host.grid.replicas
         extras = ", offload to " + parallel.offload if parallel.offload != "none" else ""
         extras += ", activations recomputed" if parallel.activation_checkpointing else ""
+        extras += ", blocks compiled" if host.speed.compile_blocks else ""
         train = config.train
         micro = min(train.micro_batch, train.global_batch)
         pieces = -(-train.global_batch // micro)

@@ -65,3 +65,9 @@ def compile_blocks(blocks: list[Any]) -> None:
     for block in blocks:
         assert isinstance(block.forward, BlockForward)
         block.forward.packed = torch.compile(block.forward.padded, dynamic=True)
+    blocks[0].register_forward_pre_hook(_own_storage)
+
+
+def _own_storage(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Embeddings come as a view, which torch would compile apart from what one block hands to the next."""
+    return (inputs[0].clone(), *inputs[1:])
