@@ -8,6 +8,7 @@ the first run on a machine waits for it.
 import os
 import shutil
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megaptune.backbone.embedded import cache_directory
 from megaptune.backbone.packed_attention import BlockForward
 from megaptune.errors import BackboneError, ConfigError, SetupError
 
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 VARIANTS = 32
 """Compilations at most: with and without gradients, each kind of prefix, sizes of one, that torch compiles apart."""
 
@@ -55,7 +57,7 @@ def _missing(device: torch.device) -> str | None:
 
 def compile_blocks(blocks: list[Any]) -> None:
     """Let blocks that read packed batches do so compiled; nothing is compiled before the first of them."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+    _keep_compilations()
     import torch._dynamo.config
     import torch._functorch.config
 
@@ -65,7 +67,20 @@ def compile_blocks(blocks: list[Any]) -> None:
     for block in blocks:
         assert isinstance(block.forward, BlockForward)
         block.forward.packed = torch.compile(block.forward.padded, dynamic=True)
-    blocks[0].register_forward_pre_hook(_own_storage)
+    for first in blocks[:1]:
+        first.register_forward_pre_hook(_own_storage)
+
+
+def _keep_compilations() -> None:
+    """In the user's cache directory, unless the user says where.
+
+    torch would take the temporary directory, which may be emptied at any time; it writes its choice into the
+    environment when it is imported, so that is not the user's.
+    """
+    chosen = os.environ.get(_CACHE_VARIABLE)
+    default = Path(tempfile.gettempdir()) / "torchinductor_"
+    if chosen is None or chosen.startswith(str(default)):
+        os.environ[_CACHE_VARIABLE] = str(cache_directory() / "inductor")
 
 
 def _own_storage(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

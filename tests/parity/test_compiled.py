@@ -3,6 +3,8 @@
 Tolerance: 1e-5 of the largest element in fp32 on these small models, whose sums Inductor forms in another order.
 """
 
+import os
+
 import pytest
 import torch
 from hosting import open_host
@@ -64,7 +66,7 @@ def _figures(folder, parallel, compiles):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         yield
 
 
@@ -114,3 +116,15 @@ def test_a_host_refuses_what_it_cannot_compile(tmp_path):
     folder = save_model("llama", tmp_path / "model")
     with pytest.raises(RankFailed, match=r"ConfigError: speed\.compile_blocks needs the weights in place"):
         run_ranks(1, _figures, folder, {"zero_stage": 3}, True)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, True), ("torchinductor_user", True), ("mine", False)])
+def test_compilations_are_kept_where_the_user_says_or_in_the_cache(given, kept, tmp_path, monkeypatch):
+    """torch's own choice, which its import leaves in the environment, is not the user's."""
+    monkeypatch.setattr(compiled.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("MEGAPTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / (given or "")))
+    if given is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    compiled.compile_blocks([])
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ("cache/inductor" if kept else "mine"))
