@@ -190,6 +190,12 @@ class SpeedConfig(Section):
     context_disk_gib: float = Field(8.0, ge=0, description="context cache: files in the run directory, for a resume")
     compile_blocks: bool = Field(False, description="torch.compile of the backbone's blocks; the first step takes long")
 
+    @property
+    def packs(self) -> bool:
+        """Whether a saving asks for packed batches, which are read at the answers alone."""
+        wanted = self.packing or self.share_leading_tokens or self.cut_last_block or self.context_cache
+        return wanted and self.answers_only
+
 
 class CheckpointConfig(Section):
     every_steps: int | None = Field(None, ge=1, description="besides the end of each epoch")

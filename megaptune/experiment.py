@@ -296,6 +296,7 @@ class Experiment:
         parallel, replicas = config.parallel, host.grid.replicas
         extras = ", offload to " + parallel.offload if parallel.offload != "none" else ""
         extras += ", activations recomputed" if parallel.activation_checkpointing else ""
+        extras += ", blocks compiled" if host.speed.compile_blocks else ""
         train = config.train
         together = config.jobs_at_once(len(self.prepared.tasks))
         union = train.global_batch * together

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaptune.backbone.architectures import FAMILIES, blocks_of, divisible, vocabulary_range
+from megaptune.backbone.compiled import compile_blocks, require_compilable
 from megaptune.backbone.context_cache import ContextCache, worth_keeping
 from megaptune.backbone.description import BackboneDescription
 from megaptune.backbone.engine import start_engine, zero_init
@@ -159,6 +160,8 @@ class BackboneHost:
         largest = -(-description.largest_tensor // grid.replicas)
         config = self.deepspeed_config(largest)
         self.zero_stage = zero_stage(config)
+        if self.speed.compile_blocks:
+            require_compilable(self.family, self.packs, self.zero_stage, self.trained, device)
         probe = None
         if self.family in FAMILIES:
             init = zero_init(config, grid, DTYPES[dtype], self.trained) if self.zero_stage == 3 else None
@@ -169,16 +172,20 @@ class BackboneHost:
             model, self.load_report, probe = load_whole(self.folder, self.kind, dtype, device)
         self.num_parameters = self.load_report.num_parameters
         self.vocabulary_size, self.width = self.load_report.embedding_shape
-        if parallel.activation_checkpointing:
-            checkpoint_activations(model, self.family)
         first_id, _ = vocabulary_range(self.vocabulary_size, grid.shard, grid.shards)
         self.module = self.take_apart(model, first_id).eval()
         if self.zero_stage == 0:
             _group_gradients(self.module)
         elif not self.trained:
             keep_no_inputs(self.module)
-        if self.packs and self.speed.cut_last_block and self.module.reading is not None:
+        cuts = self.packs and self.speed.cut_last_block
+        if cuts and self.module.reading is not None:
             cut_last_block(model, FAMILIES[self.family], self.module.reading)
+        if self.speed.compile_blocks:
+            blocks = [block for _, block in blocks_of(model, FAMILIES[self.family])]
+            compile_blocks(blocks[:-1] if cuts else blocks)
+        if parallel.activation_checkpointing:
+            checkpoint_activations(model, self.family)
         roll_call.mark("handing the backbone to DeepSpeed")
         self.engine = self.start_engine(config)
         self.output = OutputEmbedding(
@@ -202,9 +209,7 @@ class BackboneHost:
     @property
     def packs(self) -> bool:
         """Whether a saving asks for packed batches, which are read at the answers alone, and the family takes them."""
-        speed = self.speed
-        wanted = speed.packing or speed.share_leading_tokens or speed.cut_last_block or speed.context_cache
-        return wanted and speed.answers_only and self.module.reading is not None
+        return self.speed.packs and self.family in FAMILIES
 
     def lay_out(self, slots: list[list[int]], answers: list[int], groups: list[int], pad_id: int) -> Inputs:
         """Examples as this host reads them: packed where a saving asks for it and the family is known.

@@ -34,9 +34,32 @@ class Reading:
         self.packed: Packed | None = None
         self.kept: Tensor | None = None
         self.record: list[Tensor] | None = None
+        # For the block that runs: of its contexts [2, S, k, P, E]; what its queries see, as attention takes it.
+        self.context: Tensor | None = None
+        self.mask: Tensor | None = None
 
     def begin(self, packed: Packed | None, kept: Tensor | None = None, record: list[Tensor] | None = None) -> None:
         self.packed, self.kept, self.record = packed, kept, record
+
+    def enter(self, block: int, repeats: int, dtype: torch.dtype) -> None:
+        """Lay out for a block what tracing could not tell apart from a constant."""
+        if self.packed is not None:
+            self.context = None if self.kept is None else self.kept[block].to(dtype)
+            self.mask = self.packed.additive_mask(repeats, dtype)
+
+
+class BlockForward:
+    """A block's forward; packed batches may go through another form of it (a compiled one)."""
+
+    def __init__(self, forward: Any, reading: Reading, number: int, repeats: int) -> None:
+        self.reading, self.number, self.repeats = reading, number, repeats
+        self.padded = self.packed = forward
+
+    def __call__(self, hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
+        reading = self.reading
+        reading.enter(self.number, self.repeats, hidden_states.dtype)
+        whole = reading.packed is None or reading.record is not None
+        return (self.padded if whole else self.packed)(hidden_states, *inputs, **named)
 
 
 def read_packed(model: Any, family: Family) -> Reading:
@@ -47,10 +70,12 @@ def read_packed(model: Any, family: Family) -> Reading:
     blocks = blocks_of(model, family)
     for number, (_, block) in enumerate(blocks):
         for module in block.modules():
-            module.reading, module.block_number = reading, number  # type: ignore[assignment]
+            module.reading = reading  # type: ignore[assignment]
         own = getattr(block, "self_attn", None)
         if type(own).__name__ == "XGLMAttention":
             _read_packed_xglm(own)
+        repeats = int(getattr(own, "num_key_value_groups", 1))
+        block.forward = BlockForward(block.forward, reading, number, repeats)
     if model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
     return reading
@@ -67,12 +92,10 @@ def _attention(
     reading: Reading = module.reading
     if reading.packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
-    return _packed_attention(reading, module.block_number, query, key, value, named.get("scaling")), None
+    return _packed_attention(reading, query, key, value, named.get("scaling")), None
 
 
-def _packed_attention(
-    reading: Reading, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None
-) -> Tensor:
+def _packed_attention(reading: Reading, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """query [1, K, N, E], key and value [1, k, N, E] -> [1, N, K, E]."""
     packed = reading.packed
     assert packed is not None
@@ -84,23 +107,23 @@ def _packed_attention(
         keys, values = (
             torch.cat([_Prefixes.apply(own[:, :, :length], packed.leads), own], dim=2) for own in (keys, values)
         )
-    elif reading.kept is not None:
-        kept_keys, kept_values = reading.kept[block].to(keys.dtype)
-        keys, values = torch.cat([kept_keys, keys], dim=2), torch.cat([kept_values, values], dim=2)
+    elif reading.context is not None:
+        keys = torch.cat([reading.context[0], keys], dim=2)
+        values = torch.cat([reading.context[1], values], dim=2)
     sequences, kv_heads = keys.shape[:2]
+    length = packed.visible.shape[1]
     repeats = query.shape[1] // kv_heads  # query heads that share a key-value head lie along the queries
     queries = _side_by_side(query, packed).unflatten(1, (kv_heads, repeats)).flatten(2, 3)
-    mask = packed.additive_mask(repeats, query.dtype)
-    found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    found = found.unflatten(2, (repeats, -1)).permute(0, 3, 1, 2, 4)  # [S, Q, k, repeats, E]
-    flat = found.reshape(sequences * found.shape[1], query.shape[1], query.shape[3])
+    found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=reading.mask, scale=scale)
+    found = found.unflatten(2, (repeats, length)).permute(0, 3, 1, 2, 4)  # [S, Q, k, repeats, E]
+    flat = found.reshape(sequences * length, query.shape[1], query.shape[3])
     return _PickRows.apply(flat, packed.order)[None]
 
 
 def _side_by_side(x: Tensor, packed: Packed) -> Tensor:
     """[1, heads, N, E] -> [S, heads, Q, E]."""
     laid = _SideBySide.apply(x[0].transpose(0, 1), packed.places, packed.order)
-    return laid.unflatten(0, (packed.visible.shape[0], -1)).transpose(1, 2)
+    return laid.view(*packed.visible.shape[:2], *laid.shape[1:]).transpose(1, 2)
 
 
 class _SideBySide(torch.autograd.Function):
@@ -207,7 +230,7 @@ def _read_packed_xglm(module: Any) -> None:
             layer(hidden_states).unflatten(2, (-1, module.head_dim)).transpose(1, 2)
             for layer in (module.q_proj, module.k_proj, module.v_proj)
         )
-        found = _packed_attention(reading, module.block_number, query, key, value, module.scaling)
+        found = _packed_attention(reading, query, key, value, module.scaling)
         return module.out_proj(found.flatten(2)), None
 
     module.forward = forward

@@ -38,10 +38,10 @@ def _members(folder, text: str) -> list[Member]:
     return found
 
 
-def _gradients(folder, text):
-    """Losses, ranks and the table's gradient: plain, then with every saving."""
+def _gradients(folder, text, compiles):
+    """Losses, ranks and the table's gradient: plain, then with every saving, perhaps compiled."""
     members, topology, found = _members(folder, text), connect(), []
-    for speed in (SpeedConfig(**PLAIN), SpeedConfig(context_disk_gib=0.0)):
+    for speed in (SpeedConfig(**PLAIN), SpeedConfig(context_disk_gib=0.0, compile_blocks=compiles)):
         host = open_host(folder, topology=topology, speed=speed)
         host.keep_contexts([m.slots for m in members], [0] * len(members), None)
         table = (0.1 * torch.randn(6, host.width, generator=torch.Generator().manual_seed(0))).requires_grad_()
@@ -53,9 +53,12 @@ def _gradients(folder, text):
     return found
 
 
-@pytest.mark.parametrize("text", ["[P*3] {city} [P*3] [answer]", "The city of {city} [P*6] [answer]"])
-def test_all_savings_give_the_gradient_of_none(text):
-    plain, saved = run_ranks(1, _gradients, embedded_folder(), text)[0]
+AROUND, AFTER = "[P*3] {city} [P*3] [answer]", "The city of {city} [P*6] [answer]"
+
+
+@pytest.mark.parametrize(("text", "compiles"), [(AROUND, False), (AROUND, True), (AFTER, False)])
+def test_all_savings_give_the_gradient_of_none(text, compiles):
+    plain, saved = run_ranks(1, _gradients, embedded_folder(), text, compiles, timeout_s=300)[0]
     torch.testing.assert_close(saved[0], plain[0], rtol=5e-5, atol=0)
     assert torch.equal(saved[1], plain[1])
     assert (saved[2] - plain[2]).norm() < 5e-5 * plain[2].norm()
@@ -63,7 +66,7 @@ def test_all_savings_give_the_gradient_of_none(text):
 
 def _in_both_dtypes(folder):
     """The table's gradient in fp32 and in bf16, where the prompt starts as six words' vectors."""
-    members, topology, found = _members(folder, "[P*3] {city} [P*3] [answer]"), connect(), []
+    members, topology, found = _members(folder, AROUND), connect(), []
     for dtype in ("fp32", "bf16"):
         host = open_host(folder, dtype, topology=topology)
         table = host.module.vocabulary[504:510].detach().float().clone().requires_grad_()
