@@ -47,7 +47,7 @@ class Size:
     bucket: int = 8
 
 
-QUICK = Size(short=8, passages=2, batches=2, long_batches=1, tokens=60, bucket=4)
+QUICK = Size(short=8, passages=2, batches=1, long_batches=1, tokens=40, bucket=4)
 
 
 class Bench:

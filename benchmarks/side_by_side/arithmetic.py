@@ -49,7 +49,8 @@ class Arithmetic:
 
     @property
     def total(self) -> int:
-        return self.operations.total()
+        """Without the prompt encoder's, of which the LSTM's are out of sight."""
+        return self.operations.total() - self.operations["other"]
 
 
 class _Count(TorchDispatchMode):
@@ -61,10 +62,9 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _PRODUCTS:
             first, second = args[_PRODUCTS[function] : _PRODUCTS[function] + 2]
-            # What multiplies neither a block's nor the encoder's matrix multiplies rows of the output embedding.
-            owner = self.owner.get(second.data_ptr(), self.owner.get(first.data_ptr(), "head"))
+            owner = self.owner.get(second.data_ptr())
             product = Product(*first.shape, second.shape[1], not second.is_contiguous())
-            self.found.operations[owner] += product.operations
+            self.found.operations[owner or "other"] += product.operations
             if owner == "blocks":
                 self.found.products[product] += 1
         elif function in _BATCHED:
@@ -78,9 +78,9 @@ class _Count(TorchDispatchMode):
 
 
 def count(work: Callable[[], Any], weights: Mapping[str, Sequence[Tensor]]) -> Arithmetic:
-    """What ``work`` computes; LSTM cells are not counted.
+    """What ``work`` computes.
 
-    :param weights: matrices by what they belong to, ``blocks`` among them.
+    :param weights: matrices by what they belong to, ``blocks`` among them; products with others count as "other".
     """
     with _Count(weights) as counter:
         work()

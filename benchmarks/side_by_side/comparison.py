@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 
 from megaptune.examples import Example
 
 from .arithmetic import Arithmetic, count, peak
 from .timing import Spread, Turn, seconds, speedup, take_turns
-from .ways import Megaptune, OnATable, Released, Way
+from .ways import Megaptune, Released, Way
 
 TOLERANCE = 1e-4  # of the loss, and of the gradient's largest entry: fp32, and other orders of sums
 
@@ -120,22 +121,38 @@ class Comparison:
 
 
 def check_parity(ways: Sequence[Way], members: list[Example]) -> dict[str, tuple[float, float]]:
-    """Relative error of loss and table gradient of every way on a table, against the plain statement.
+    """Relative error of loss and table gradient [R, D] of every way on a table, against the plain statement.
 
     :raises SystemExit: above the tolerance.
     """
-    reference = next(way for way in ways if isinstance(way, Released))
+    reference = _reference(ways)
     table, found = reference.prompt.vectors(), {}
-    for way in ways:
-        if not isinstance(way, OnATable) or way is reference:
-            continue
-        reference.candidates = way.candidates if isinstance(way, Megaptune) else None
+    for alike in _by_candidates(ways).values():
+        reference.candidates = alike[0].candidates
         loss, gradient = reference.gradient(members, table)
-        own_loss, own_gradient = way.gradient(members, table)
-        errors = abs(own_loss - loss) / abs(loss), float((own_gradient - gradient).abs().max() / gradient.abs().max())
-        if not max(errors) <= TOLERANCE:
-            raise SystemExit(f"{way.name} differs from the plain statement: loss {errors[0]:.1e}, gradient {errors[1]:.1e}")
-        found[way.name] = errors
+        for way in alike:
+            own_loss, own_gradient = way.gradient(members, table)
+            errors = abs(own_loss - loss) / abs(loss), _relative(own_gradient, gradient)
+            found[way.name] = errors
+            _require(way.name, loss=errors[0], gradient=errors[1])
+    reference.candidates = None
+    return found
+
+
+def check_losses(ways: Sequence[Way], members: list[Example], batch: int) -> dict[str, float]:
+    """The largest error of an evaluation's losses, all ways under the same prompt.
+
+    :raises SystemExit: above the tolerance.
+    """
+    reference, found = _reference(ways), {}
+    for alike in _by_candidates(ways).values():
+        reference.candidates = alike[0].candidates
+        plain = reference.evaluate(members, batch)
+        for way in alike:
+            own, way.prompt = way.prompt, reference.prompt
+            found[way.name] = _relative(way.evaluate(members, batch), plain)
+            way.prompt = own
+            _require(way.name, losses=found[way.name])
     reference.candidates = None
     return found
 
@@ -145,12 +162,16 @@ def compare_steps(
 ) -> tuple[list[Row], list[Turn]]:
     """Training steps; parity before them, and each way's loss on the first batch before and after."""
     errors = check_parity(ways, batches[0])
-    before = [way.loss(batches[0]) for way in ways]
+
+    def losses() -> list[float]:
+        return [float(way.evaluate(batches[0], len(batches[0])).mean()) for way in ways]
+
+    before = losses()
     comparison = Comparison(scenario, data, batches, ways, lambda way, members: way.step(members))
     rows = comparison.run(rounds, say)
-    for row, way, loss in zip(rows, ways, before, strict=True):
-        row.loss_error, row.gradient_error = errors.get(way.name, (None, None))
-        row.loss_before, row.loss_after = loss, way.loss(batches[0])
+    for row, first, last in zip(rows, before, losses(), strict=True):
+        row.loss_error, row.gradient_error = errors.get(row.way, (None, None))
+        row.loss_before, row.loss_after = first, last
     return rows, comparison.turns
 
 
@@ -158,20 +179,32 @@ def compare_evaluations(
     scenario: str, data: str, members: list[Example], batch: int, ways: Sequence[Way], rounds: int, say: Any
 ) -> tuple[list[Row], list[Turn]]:
     """Passes over a split without gradients, each way with its own prompt."""
-    reference = next(way for way in ways if isinstance(way, Released))
-    errors: dict[str, float] = {}
-    for way in ways:
-        if isinstance(way, Megaptune):
-            reference.candidates = way.candidates
-            way.prompt, own = reference.prompt, way.prompt
-            plain, found = reference.evaluate(members, batch), way.evaluate(members, batch)
-            way.prompt = own
-            errors[way.name] = float((found - plain).abs().max() / plain.abs().max())
-            if not errors[way.name] <= TOLERANCE:
-                raise SystemExit(f"{way.name} differs from the plain statement: losses {errors[way.name]:.1e}")
-    reference.candidates = None
+    errors = check_losses(ways, members, batch)
     comparison = Comparison(scenario, data, [members], ways, lambda way, rows: way.evaluate(rows, batch))
     rows = comparison.run(rounds, say)
     for row in rows:
         row.loss_error = errors.get(row.way)
     return rows, comparison.turns
+
+
+def _reference(ways: Sequence[Way]) -> Released:
+    return next(way for way in ways if isinstance(way, Released))
+
+
+def _by_candidates(ways: Sequence[Way]) -> dict[int, list[Megaptune]]:
+    """This project's ways, by the softmax that they compute."""
+    found: dict[int, list[Megaptune]] = {}
+    for way in ways:
+        if isinstance(way, Megaptune):
+            found.setdefault(0 if way.candidates is None else len(way.candidates), []).append(way)
+    return found
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _require(name: str, **errors: float) -> None:
+    if not max(errors.values()) <= TOLERANCE:
+        shown = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
+        raise SystemExit(f"{name} differs from the plain statement by more than {TOLERANCE:.0e}: {shown}")

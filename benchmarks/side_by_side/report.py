@@ -74,9 +74,8 @@ def plot(rows: Sequence[Row], place: dict[str, str], path: Path) -> None:
 
     scenarios = list(dict.fromkeys(row.scenario for row in rows if row.over_peft is not None))
     counts = [sum(row.scenario == name for row in rows) for name in scenarios]
-    figure, panels = pyplot.subplots(
-        len(scenarios), 1, figsize=(8, 1.2 + 0.32 * sum(counts) + 0.5 * len(counts)), height_ratios=counts, squeeze=False
-    )
+    height = 1.2 + 0.32 * sum(counts) + 0.5 * len(counts)
+    figure, panels = pyplot.subplots(len(scenarios), 1, figsize=(8, height), height_ratios=counts, squeeze=False)
     for scenario, panel in zip(scenarios, panels[:, 0], strict=True):
         chosen = [row for row in rows if row.scenario == scenario and row.over_peft is not None]
         ratios: list[Any] = [row.over_peft for row in chosen]

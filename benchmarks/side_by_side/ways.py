@@ -36,14 +36,11 @@ class Way(Protocol):
 
     def step(self, members: Sequence[Example]) -> None: ...
 
-    def loss(self, members: Sequence[Example]) -> float:
-        """Mean loss, nothing trained."""
-
     def evaluate(self, members: Sequence[Example], batch: int) -> Tensor:
         """Losses [B] without gradients; ranks or predictions are found as the way finds them."""
 
     def weights(self) -> dict[str, list[Tensor]]:
-        """The matrices of the blocks and of the encoder, for counting products with them."""
+        """The matrices of the ``blocks`` and of the ``head``, for counting products with them."""
 
 
 def plain_model(folder: Path) -> Any:
@@ -79,13 +76,16 @@ class Peft:
         self.optimizer = torch.optim.Adam(trained, lr=TRAIN.learning_rate, weight_decay=TRAIN.weight_decay)
 
     def step(self, members: Sequence[Example]) -> None:
+        rows = [[slot for slot in member.slots if slot >= 0] + [member.answer] for member in members]
+        labels = [[-100] * (len(row) - 1) + row[-1:] for row in rows]
+        output = self.model(
+            input_ids=padded(rows, self.pad_id),
+            attention_mask=padded([[1] * len(row) for row in rows], 0),
+            labels=padded(labels, -100),
+        )
         self.optimizer.zero_grad()
-        self._forward(members).loss.backward()
+        output.loss.backward()
         self.optimizer.step()
-
-    @torch.no_grad()
-    def loss(self, members: Sequence[Example]) -> float:
-        return float(self._forward(members).loss)
 
     @torch.no_grad()
     def evaluate(self, members: Sequence[Example], batch: int) -> Tensor:
@@ -105,17 +105,7 @@ class Peft:
         return torch.cat(losses)
 
     def weights(self) -> dict[str, list[Tensor]]:
-        encoder = self.model.prompt_encoder
-        return {"encoder": list(encoder.parameters()), "blocks": _matrices(self.model.base_model.base_model)}
-
-    def _forward(self, members: Sequence[Example]) -> Any:
-        rows = [[slot for slot in member.slots if slot >= 0] + [member.answer] for member in members]
-        labels = [[-100] * (len(row) - 1) + row[-1:] for row in rows]
-        return self.model(
-            input_ids=padded(rows, self.pad_id),
-            attention_mask=padded([[1] * len(row) for row in rows], 0),
-            labels=padded(labels, -100),
-        )
+        return _matrices(self.model.get_base_model())
 
 
 class OnATable:
@@ -134,9 +124,6 @@ class OnATable:
         table = self.prompt.table()
         _, gradient = self.gradient(members, table.detach())
         self.prompt.apply(table, gradient)
-
-    def loss(self, members: Sequence[Example]) -> float:
-        return self.gradient(members, self.prompt.vectors())[0]
 
 
 class Released(OnATable):
@@ -166,7 +153,7 @@ class Released(OnATable):
         return torch.cat([self._losses(part, table) for part in parts])
 
     def weights(self) -> dict[str, list[Tensor]]:
-        return {"encoder": list(self.prompt.encoder.parameters()), "blocks": _matrices(self.model.base_model)}
+        return _matrices(self.model)
 
     def _losses(self, members: Sequence[Example], table: Tensor) -> Tensor:
         slots = padded([member.slots for member in members], self.pad_id)
@@ -218,7 +205,7 @@ class Megaptune(OnATable):
         return evaluate(self.host, chosen, self.prompt.vectors(), scorers, batch, self.pad_id)["vocabulary"].loss  # type: ignore[arg-type]
 
     def weights(self) -> dict[str, list[Tensor]]:
-        return {"encoder": list(self.prompt.encoder.parameters()), "blocks": _matrices(self.host.module.body)}
+        return {"blocks": _block_matrices(self.host.module.body), "head": [self.scorer.rows.weight]}
 
 
 class Hosts:
@@ -238,7 +225,11 @@ class Hosts:
         return self.known[key]
 
 
-def _matrices(body: nn.Module) -> list[Tensor]:
+def _matrices(model: Any) -> dict[str, list[Tensor]]:
+    return {"blocks": _block_matrices(model.base_model), "head": [model.get_output_embeddings().weight]}
+
+
+def _block_matrices(body: nn.Module) -> list[Tensor]:
     """All matrices but the embedding's."""
     embedding = body.get_input_embeddings().weight
     return [tensor for tensor in body.parameters() if tensor.dim() == 2 and tensor is not embedding]

@@ -7,7 +7,7 @@ B examples, C candidates.
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ ROWS = 6
 
 @dataclass(frozen=True)
 class Workload:
-    """``batches``: lists of B examples under ``template``; ``candidates``: token ids [C] of all their answers."""
+    """``batches``: lists of B examples under ``template``; ``candidates``: token ids [C] of all the task's answers."""
 
     name: str
     source: str
@@ -62,18 +62,19 @@ class Data:
 
     def short(self, batch: int, batches: int) -> Workload:
         """One relation's facts, the prompt on both sides of the subject."""
-        if self.root is None:
-            return self._workload("short", self.facts.parent.name, SHORT, self._facts(), batch, batches)
-        (relation,) = self._relations(["P17"])
-        return self._workload("short", "LAMA P17", SHORT, relation, batch, batches)
+        records, source = list(self._facts()), self.facts.parent.name
+        if self.root is not None:
+            (records,), source = self._relations(["P17"]), "LAMA P17"
+        return self._workload("short", source, SHORT, records, _answers(records), batch, batches)
 
     def passages(self, batch: int, batches: int, tokens: int) -> Workload:
         """A passage and a question, some ``tokens`` together, and the prompt after them."""
+        records, source = self._boolq(tokens), f"BoolQ val, {tokens} tokens"
+        answers = ["no", "yes"]
         if self.root is None:
             records, source = self._joined_facts(tokens), f"joined facts of {self.facts.parent.name}"
-        else:
-            records, source = self._boolq(tokens), f"BoolQ val, {tokens} tokens"
-        return self._workload("passages", source, LONG, records, batch, batches)
+            answers = _answers(self._facts())
+        return self._workload("passages", source, LONG, records, answers, batch, batches)
 
     def bank(self, relations: int, rows: int, batches: int) -> list[Workload]:
         """``relations`` tasks of ``rows`` examples a step."""
@@ -81,12 +82,15 @@ class Data:
             found = self._relations("all")
             names = [Path(records[0].source).parent.name for records in found]
             return [
-                self._workload(name, "LAMA", SHORT, records, rows, batches)
+                self._workload(name, "LAMA", SHORT, records, _answers(records), rows, batches)
                 for name, records in itertools.islice(zip(names, found, strict=True), relations)
             ]
         records, source = list(self._facts()), self.facts.parent.name
         parts = [records[start::relations] for start in range(relations)]
-        return [self._workload(f"part {n}", source, SHORT, part, rows, batches) for n, part in enumerate(parts)]
+        return [
+            self._workload(f"part {n}", source, SHORT, part, _answers(records), rows, batches)
+            for n, part in enumerate(parts)
+        ]
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -124,34 +128,21 @@ class Data:
             yield Record({"passage": passage, "subject": fact.subject}, fact.answer, fact.source)
 
     def _workload(
-        self, name: str, source: str, text: str, records: Iterable[Record], batch: int, batches: int
+        self, name: str, source: str, text: str, records: Iterable[Record], answers: list[str], batch: int, batches: int
     ) -> Workload:
         """The first ``batches`` x ``batch`` records with answers of one token; fewer records are used again."""
-        template = Template(text, "causal")
-        found: list[Example] = []
-        token_of = _one_token_answers(self.forms)
-        for record in records:
-            answer = token_of(record.answer)
-            if answer is None:
-                continue
+        template, token_of = Template(text, "causal"), Verbalizer.of(answers, self.forms).token_of
+        usable = (record for record in records if record.answer in token_of)
+        found = []
+        for record in itertools.islice(usable, batch * batches):
             prompt = template.encode(record, self.forms)
-            found.append(Example(prompt.slots, prompt.answer_position, answer, record))
-            if len(found) == batch * batches:
-                break
+            found.append(Example(prompt.slots, prompt.answer_position, token_of[record.answer], record))
         if not found:
             raise SystemExit(f"{source}: no answer is one token of this backbone")
         rows = list(itertools.islice(itertools.cycle(found), batch * batches))
         cut = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-        candidates = torch.tensor(sorted({example.answer for example in found}))
-        return Workload(name, source, text, cut, candidates)
+        return Workload(name, source, text, cut, torch.tensor(sorted(set(token_of.values()))))
 
 
-def _one_token_answers(forms: TokenForms) -> Callable[[str], int | None]:
-    known: dict[str, int | None] = {}
-
-    def look_up(word: str) -> int | None:
-        if word not in known:
-            known[word] = Verbalizer.of([word], forms).token_of.get(word)
-        return known[word]
-
-    return look_up
+def _answers(records: Iterable[Record]) -> list[str]:
+    return sorted({record.answer for record in records})
