@@ -60,14 +60,31 @@ class EpochPlan:
         return order[place * self.global_batch : (place + 1) * self.global_batch]
 
 
-def micro_batches(lengths: Sequence[int], indices: Sequence[int], size: int, by_length: bool = True) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int],
+    indices: Sequence[int],
+    size: int,
+    by_length: bool = True,
+    tokens: int | None = None,
+) -> list[list[int]]:
     """Cut a batch into pieces of ``size`` examples, of similar length and longest first unless told otherwise.
 
     The cut knows nothing of ranks: a piece is computed the same wherever it is computed, so the sum over pieces does
     not depend on the layout. ``lengths`` belongs to the whole set, ``indices`` to the batch.
+
+    :param tokens: of a piece, padding counted, at most; an example that is longer is a piece of its own.
     """
     ordered = sorted(indices, key=lambda index: (-lengths[index], index)) if by_length else list(indices)
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    pieces: list[list[int]] = []
+    longest = 0
+    for index in ordered:
+        longest = max(longest, lengths[index])
+        full = not pieces or len(pieces[-1]) == size
+        if full or (tokens is not None and longest * (len(pieces[-1]) + 1) > tokens):
+            pieces.append([])
+            longest = lengths[index]
+        pieces[-1].append(index)
+    return pieces
 
 
 def rounds(pieces: list[list[int]], rank: int, world_size: int) -> list[list[int]]:

@@ -96,6 +96,9 @@ class TrainConfig(Section):
     epochs: int = Field(100, ge=1, description="passes over the training records, at most")
     global_batch: int = Field(8, ge=1, description="examples per optimizer step over all ranks")
     micro_batch: int = Field(8, ge=1, description="examples computed together; ranks take whole micro-batches")
+    micro_tokens: int | None = Field(
+        None, ge=1, description="the same in tokens, padding counted: a micro-batch closes where it would hold more"
+    )
     drop_last: bool = Field(False, description="leave out an epoch's incomplete last batch")
     optimizer: Literal["adam", "sgd"] = Field("adam", description="of the prompt encoder and a tuned LM, torch's")
     learning_rate: float = Field(1e-5, gt=0, description="of the prompt encoder: the highest rate of the schedule")

@@ -7,6 +7,7 @@ that is checked on a probe input, so a family with another read-out is refused i
 B examples, T tokens, R table rows, D backbone width, V vocabulary.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaptune.backbone.architectures import FAMILIES, blocks_of, divisible, vocabulary_range
+from megaptune.backbone.context_cache import ContextCache, worth_keeping
 from megaptune.backbone.description import BackboneDescription
 from megaptune.backbone.engine import start_engine, zero_init
 from megaptune.backbone.fingerprint import Fingerprint, probe_ids, rows_checksum
@@ -58,14 +60,24 @@ class PromptedBackbone(nn.Module):
             self.reading = read_packed(model, family)
             self.first_position = model.config.pad_token_id + 1 if family.counts_from_padding else 0
 
-    def forward(self, inputs: Inputs, table: Tensor, kept: Tensor | None = None, everywhere: bool = False) -> Tensor:
+    def forward(
+        self,
+        inputs: Inputs,
+        table: Tensor,
+        kept: Tensor | None = None,
+        everywhere: bool = False,
+        record: bool = False,
+    ) -> Tensor:
         """inputs, table [R, D] fp32 -> features [B, D]; of a padded batch ``everywhere`` [B, T, D], if wanted.
 
         :param kept: keys and values of a packed batch's contexts [L, 2, S, heads, P, head width].
+        :param record: return keys and values of a packed batch's tokens instead [L, 2, heads, N, head width].
         """
         embeds = self.embed(inputs.slots, table)
         if isinstance(inputs, Packed):
-            return self.read_packed(embeds, inputs, kept)
+            recorded: list[Tensor] | None = [] if record else None
+            features = self.read_packed(embeds, inputs, kept, recorded)
+            return features if recorded is None else torch.stack(recorded)
         return self.read(embeds, inputs.attention_mask, None if everywhere else inputs.answer_positions)
 
     def read(self, embeds: Tensor, attention_mask: Tensor | None, answer_positions: Tensor | None) -> Tensor:
@@ -81,7 +93,7 @@ class PromptedBackbone(nn.Module):
     def read_packed(
         self, embeds: Tensor, packed: Packed, kept: Tensor | None = None, record: list[Tensor] | None = None
     ) -> Tensor:
-        """embeds [1, N, D] -> features [B, D]; ``record`` takes every layer's keys and values."""
+        """embeds [1, N, D] -> features [B, D]."""
         assert self.reading is not None, "packed batches are for families of the table"
         self.reading.begin(packed, kept, record)
         output = self.body(
@@ -176,6 +188,7 @@ class BackboneHost:
             self._check_probe(*probe)
         rows = agree(rows_checksum(self.folder) if grid.replica == grid.shard == 0 else None)
         self.fingerprint = Fingerprint(rows, probe_scores(self), dtype)
+        self.contexts: ContextCache | None = None
 
     def deepspeed_config(self, largest_share: int) -> dict[str, Any]:
         return frozen_backbone_config(self.parallel, self.dtype, largest_share, pinned=self.device.type == "cuda")
@@ -207,6 +220,7 @@ class BackboneHost:
             groups,
             masked=masked,
             device=self.device,
+            contexts=None if self.contexts is None else self.contexts.lengths(slots),
             share_leads=speed.share_leading_tokens and not masked,
             pad_id=None if speed.packing else pad_id,
         )
@@ -214,7 +228,31 @@ class BackboneHost:
     def features(self, inputs: Inputs, table: Tensor, everywhere: bool = False) -> Tensor:
         """Features [B, D] that score the answers, or of a padded batch those of all positions [B, T, D];
         differentiable in ``table`` [R, D] (fp32) only."""
-        return self.engine.module(inputs, table, None, everywhere)
+        kept = None
+        if isinstance(inputs, Packed) and inputs.contexts is not None and self.contexts is not None:
+            kept = self.contexts.gather(inputs.contexts)
+        return self.engine.module(inputs, table, kept, everywhere)
+
+    def keep_contexts(self, slots: list[list[int]], groups: list[int], folder: Path | None) -> None:
+        """Compute what precedes the first pseudo token of examples that will be read many times, and keep it.
+
+        Collective. :param groups: as in :func:`pack`. :param folder: where files may be kept for a resumed run.
+        """
+        if self.trained or self.kind == "masked" or not (self.packs and self.speed.context_cache):
+            return
+        if self.contexts is None:
+            shard = f"{self.fingerprint.digest}-{self.dtype}-{self.grid.shard}of{self.grid.shards}"
+            files = None if folder is None else folder / shard
+            one = pack([[0]], [0], [0], masked=False, device=self.device)
+            size = self._keys_and_values(one).nbytes
+            self.contexts = ContextCache(self._keys_and_values, size, self.device, self.grid, self.speed, files)
+        self.contexts.keep(worth_keeping(slots, groups))
+
+    @torch.no_grad()
+    def _keys_and_values(self, packed: Packed) -> Tensor:
+        """Of every token of a packed batch [L, 2, heads, N, head width]."""
+        table = torch.zeros(0, self.width, device=self.device)
+        return self.engine.module(packed, table, record=True)
 
     def output_rows(self, ids: Tensor | None = None) -> OutputRows:
         """This rank's rows of the output embedding for the candidates ``ids``; of the whole vocabulary for None."""

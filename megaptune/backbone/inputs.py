@@ -83,12 +83,13 @@ def pack(
 ) -> Packed:
     """Lay the examples' tokens one after the other; sequences that are shared prefixes come first.
 
-    :param groups: examples of the same group may share leading tokens.
+    :param groups: examples of the same group may share leading tokens, where no contexts are kept.
     :param contexts: how many of each example's first tokens are kept and not computed; 0 for none.
     :param pad_id: fill every example up to the longest with this id: packed in form only.
     """
     kept = list(contexts) if contexts is not None else [0] * len(slots)
-    leads, lead_of = _shared_leads(slots, answers, groups, kept) if share_leads else ([], [-1] * len(slots))
+    share_leads = share_leads and not any(kept)  # one kind of prefix in a batch
+    leads, lead_of = _shared_leads(slots, answers, groups) if share_leads else ([], [-1] * len(slots))
     begins = [len(leads[lead]) if lead >= 0 else kept[b] for b, lead in enumerate(lead_of)]
     own = [*leads, *(tokens[begin:] for tokens, begin in zip(slots, begins, strict=True))]
     starts = [0] * len(leads) + begins
@@ -117,7 +118,7 @@ def pack(
 
 
 def _shared_leads(
-    slots: Sequence[list[int]], answers: Sequence[int], groups: Sequence[int], kept: list[int]
+    slots: Sequence[list[int]], answers: Sequence[int], groups: Sequence[int]
 ) -> tuple[list[list[int]], list[int]]:
     """What all examples of a group begin with, where there are several; and which of these is each example's, or -1.
 
@@ -125,8 +126,7 @@ def _shared_leads(
     """
     members: dict[int, list[int]] = {}
     for b, group in enumerate(groups):
-        if not kept[b]:
-            members.setdefault(group, []).append(b)
+        members.setdefault(group, []).append(b)
     leads: list[list[int]] = []
     lead_of = [-1] * len(slots)
     for alike in members.values():

@@ -78,7 +78,7 @@ def _packed_attention(
     assert packed is not None
     keys, values = _side_by_side(key, packed), _side_by_side(value, packed)  # [S, k, Q, E]
     if reading.record is not None:
-        reading.record.append(torch.stack([keys, values]))
+        reading.record.append(torch.stack([key[0], value[0]]))
     if packed.leads is not None:
         length = packed.prefix_length
         keys, values = (
@@ -170,7 +170,7 @@ def _at_answers(layer: Any, reading: Reading) -> None:
 
     def forward(x: Tensor) -> Tensor:
         packed = reading.packed
-        if packed is None or reading.record is not None:
+        if packed is None:
             return everywhere(x)
         rows = x.reshape(-1, x.shape[-1])  # OPT's MLP takes two dimensions
         found = _Spread.apply(everywhere(_PickRows.apply(rows, packed.answers)), packed.answers, len(rows))

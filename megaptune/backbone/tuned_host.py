@@ -39,6 +39,7 @@ class TunedBackbone(PromptedBackbone):
         table: Tensor,
         kept: Tensor | None = None,
         everywhere: bool = False,
+        record: bool = False,
         labels: Tensor | None = None,
         rows: OutputRows | None = None,
     ) -> Any:

@@ -88,6 +88,18 @@ def test_pieces_depend_on_what_is_in_the_batch_not_on_its_order():
     assert micro_batches(LENGTHS, [0, 5, 9, 3], 2) == micro_batches(LENGTHS, [9, 3, 5, 0], 2) == [[3, 0], [5, 9]]
 
 
+def test_pieces_hold_no_more_tokens_than_asked_for():
+    pieces = micro_batches(LENGTHS, range(12), 4, tokens=20)
+    assert sorted(index for piece in pieces for index in piece) == list(range(12))
+    shapes = [(max(LENGTHS[index] for index in piece), len(piece)) for piece in pieces]
+    assert shapes == [(11, 1), (9, 2), (8, 2), (6, 3), (5, 4)]
+    assert micro_batches(LENGTHS, [1, 2], 4, tokens=1) == [[1], [2]]  # longer than that, but it must be somewhere
+
+
+def test_pieces_in_the_order_of_the_batch():
+    assert micro_batches(LENGTHS, [2, 1, 0], 2, by_length=False) == [[2, 1], [0]]
+
+
 # -- ranks -----------------------------------------------------------------------------------------------------------
 
 
