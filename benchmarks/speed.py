@@ -32,7 +32,7 @@ from megaptune.backbone.embedded import embedded_folder
 from megaptune.run.topology import connect, disconnect
 
 SHORT_LADDER = ("answers_only", "length_buckets", "packing", "share_leading_tokens", "cut_last_block")
-LONG_LADDER = ("answers_only", "packing", "cut_last_block")
+LONG_LADDER = ("answers_only", "packing", "cut_last_block", "context_cache")
 
 
 @dataclass(frozen=True)

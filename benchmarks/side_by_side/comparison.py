@@ -12,10 +12,11 @@ from torch import Tensor
 from megaptune.examples import Example
 
 from .arithmetic import Arithmetic, count, peak
-from .timing import Spread, Turn, seconds, speedup, take_turns
+from .timing import Spread, Turn, seconds, speedup, take_turns, timed
 from .ways import Megaptune, Released, Way
 
 TOLERANCE = 1e-4  # of the loss, and of the gradient's largest entry: fp32, and other orders of sums
+PREPARATIONS = 3  # of which the median counts
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Row:
     peak_gflop_per_s: float
     share: float
     share_all: float
+    preparation_s: float = 0.0
+    over_peft_ten_epochs: float | None = None
     loss_error: float | None = None
     gradient_error: float | None = None
     loss_before: float | None = None
@@ -62,8 +65,12 @@ class Comparison:
 
     def run(self, rounds: int, say: Callable[[str], None]) -> list[Row]:
         counts: dict[str, list[Arithmetic]] = {}
+        preparation: dict[str, float] = {}
+        everything = [example for piece in self.pieces for example in piece]
         for way in self.ways:  # also the warm-up
             say(f"{self.scenario}: {way.name}")
+            once = [timed(lambda way=way: way.prepare(everything))[0] for _ in range(PREPARATIONS)]
+            preparation[way.name] = Spread.of(once).median / len(everything)
             counts[way.name] = [
                 count(lambda way=way, piece=piece: self.act(way, piece), way.weights()) for piece in self.pieces
             ]
@@ -77,10 +84,16 @@ class Comparison:
 
         self.turns = take_turns({way.name: turn(way) for way in self.ways}, rounds, measure_peak)
         names = [way.name for way in self.ways]
-        return [
+        rows = [
             self._row(name, names[index - 1] if index else None, names, counts[name], peaks[name])
             for index, name in enumerate(names)
         ]
+        for row in rows:
+            row.preparation_s = preparation[row.way]
+            if row.over_peft is not None:
+                ten = 10 / row.examples_per_s
+                row.over_peft_ten_epochs = row.over_peft.median * ten / (ten + row.preparation_s)
+        return rows
 
     def _row(
         self, name: str, previous: str | None, names: list[str], counts: list[Arithmetic], peaks: list[float]
@@ -131,6 +144,7 @@ def check_parity(ways: Sequence[Way], members: list[Example]) -> dict[str, tuple
         reference.candidates = alike[0].candidates
         loss, gradient = reference.gradient(members, table)
         for way in alike:
+            way.prepare(members)
             own_loss, own_gradient = way.gradient(members, table)
             errors = abs(own_loss - loss) / abs(loss), _relative(own_gradient, gradient)
             found[way.name] = errors
@@ -149,6 +163,7 @@ def check_losses(ways: Sequence[Way], members: list[Example], batch: int) -> dic
         reference.candidates = alike[0].candidates
         plain = reference.evaluate(members, batch)
         for way in alike:
+            way.prepare(members)
             own, way.prompt = way.prompt, reference.prompt
             found[way.name] = _relative(way.evaluate(members, batch), plain)
             way.prompt = own

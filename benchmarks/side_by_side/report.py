@@ -18,6 +18,7 @@ from .timing import Spread, Turn
 VERSIONS = ("torch", "transformers", "peft", "deepspeed")
 COLOURS = {"peft": "#8c8c8c", "released": "#c2a878"}
 OURS = "#2f6f9f"
+COLUMNS = ("way", "examples/s", "x PEFT", "10 epochs", "x released", "x previous", "GFLOP", "peak", "loss", "gradient")
 
 
 def machine(threads: int) -> dict[str, str]:
@@ -35,20 +36,37 @@ def show(rows: Sequence[Row], console: Console) -> None:
         chosen = [row for row in rows if row.scenario == scenario]
         head = chosen[0]
         table = Table(title=f"{scenario}: {head.data}, {head.examples} examples, {head.rounds} rounds")
-        for name in ("way", "examples/s", "x PEFT", "x released", "x previous", "GFLOP", "of peak", "loss", "gradient"):
+        for name in (
+            "way",
+            "examples/s",
+            "x PEFT",
+            "10 epochs",
+            "x released",
+            "x previous",
+            "GFLOP",
+            "of peak",
+            "loss",
+            "gradient",
+        ):
             table.add_column(name, justify="left" if name == "way" else "right")
         for row in chosen:
             work = row.blocks_gflop + row.attention_gflop + row.head_gflop
             table.add_row(
                 row.way,
                 f"{row.examples_per_s:.2f}",
-                *("-" if ratio is None else str(ratio) for ratio in (row.over_peft, row.over_released)),
+                _shown(row.over_peft),
+                "-" if row.over_peft_ten_epochs is None else f"{row.over_peft_ten_epochs:.2f}",
+                _shown(row.over_released),
                 "-" if row.over_previous is None else f"{row.over_previous.median:.2f}",
                 f"{work:.1f}",
                 f"{100 * row.share:.0f} % ({100 * row.share_all:.0f} %)",
                 *("-" if error is None else f"{error:.0e}" for error in (row.loss_error, row.gradient_error)),
             )
         console.print(table)
+
+
+def _shown(ratio: Spread | None) -> str:
+    return "-" if ratio is None else str(ratio)
 
 
 def save(rows: Sequence[Row], turns: Sequence[tuple[str, Turn]], threads: int, folder: Path) -> None:

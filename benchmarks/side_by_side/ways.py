@@ -39,6 +39,9 @@ class Way(Protocol):
     def evaluate(self, members: Sequence[Example], batch: int) -> Tensor:
         """Losses [B] without gradients; ranks or predictions are found as the way finds them."""
 
+    def prepare(self, members: Sequence[Example]) -> None:
+        """What is done once for all epochs over ``members``."""
+
     def weights(self) -> dict[str, list[Tensor]]:
         """The matrices of the ``blocks`` and of the ``head``, for counting products with them."""
 
@@ -53,7 +56,14 @@ def padded(rows: Sequence[list[int]], value: int) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-class Peft:
+class Unprepared:
+    """A way that keeps nothing from one epoch to the next."""
+
+    def prepare(self, members: Sequence[Example]) -> None:
+        return
+
+
+class Peft(Unprepared):
     """PEFT's P-tuning in its ordinary use: all virtual tokens in front, labels of -100 but for the answer."""
 
     name = "peft"
@@ -108,7 +118,7 @@ class Peft:
         return _matrices(self.model.get_base_model())
 
 
-class OnATable:
+class OnATable(Unprepared):
     """What steps through a table of rows and its gradient: this project, and the released way as stated here."""
 
     name: str
@@ -184,6 +194,10 @@ class Megaptune(OnATable):
         super().__init__(rows, host.width)
         self.name, self.host, self.pad_id, self.micro_batch = name, host, pad_id, micro_batch
         self.candidates, self.scorer = candidates, Scorer(host, candidates)
+
+    def prepare(self, members: Sequence[Example]) -> None:
+        self.host.contexts = None
+        self.host.keep_contexts([member.slots for member in members], [0] * len(members), None)
 
     def gradient(self, members: Sequence[Example], table: Tensor) -> tuple[float, Tensor]:
         leaf, gradients, total = table.clone().requires_grad_(), [], torch.zeros(1, dtype=torch.float64)
