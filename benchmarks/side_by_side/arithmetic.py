@@ -3,7 +3,6 @@
 Counted as the operators run, forward and backward: a product of M x K by K x N is 2 M K N operations.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .timing import timed
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1}
@@ -87,20 +88,26 @@ def count(work: Callable[[], Any], weights: Mapping[str, Sequence[Tensor]]) -> A
     return counter.found
 
 
-def peak(products: Counter[Product], repeats: int = 3) -> float:
-    """Operations per second of plain matrix products in the given shapes and proportions, each at its best.
+@dataclass(frozen=True)
+class Peak:
+    """Operations per second of wall clock, and per second of process time."""
+
+    wall: float
+    cpu: float
+
+
+def peak(products: Counter[Product], repeats: int = 3) -> Peak:
+    """Plain matrix products in the given shapes and proportions, each at its best of ``repeats``.
 
     Operands are drawn once per shape, so they may stay in the caches: a bound that streams no weights.
     """
-    seconds = 0.0
+    wall = cpu = 0.0
     for product, times in products.items():
         first = torch.randn(product.m, product.k)
         second = torch.randn(product.n, product.k).T if product.transposed else torch.randn(product.k, product.n)
         out = torch.empty(product.m, product.n)
-        best = float("inf")
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            torch.mm(first, second, out=out)
-            best = min(best, time.perf_counter() - begin)
-        seconds += times * best
-    return sum(product.operations * times for product, times in products.items()) / seconds
+        taken = [timed(lambda a=first, b=second, out=out: torch.mm(a, b, out=out)) for _ in range(repeats)]
+        wall += times * min(turn[0] for turn in taken)
+        cpu += times * min(turn[1] for turn in taken)
+    operations = sum(product.operations * times for product, times in products.items())
+    return Peak(operations / wall, operations / cpu)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megaptune.examples import Example
 
-from .arithmetic import Arithmetic, count, peak
+from .arithmetic import Arithmetic, Peak, count, peak
 from .timing import Spread, Turn, seconds, speedup, take_turns, timed
 from .ways import Megaptune, Released, Way
 
@@ -23,8 +23,8 @@ PREPARATIONS = 3  # of which the median counts
 class Row:
     """What one way did in one comparison. Rates and ratios by wall clock; ``_cpu`` by process time.
 
-    ``share``: operations with the blocks' weights per second, of the machine's measured rate at the same shapes;
-    ``share_all``: with attention and output embedding.
+    ``share``: operations with the blocks' weights per second, of the machine's measured rate at the same shapes
+    (``share_cpu``: per second of process time); ``share_all``: with attention and output embedding.
     """
 
     scenario: str
@@ -43,6 +43,7 @@ class Row:
     head_gflop: float
     peak_gflop_per_s: float
     share: float
+    share_cpu: float
     share_all: float
     preparation_s: float = 0.0
     over_peft_ten_epochs: float | None = None
@@ -74,7 +75,7 @@ class Comparison:
             counts[way.name] = [
                 count(lambda way=way, piece=piece: self.act(way, piece), way.weights()) for piece in self.pieces
             ]
-        peaks: dict[str, list[float]] = {way.name: [] for way in self.ways}
+        peaks: dict[str, list[Peak]] = {way.name: [] for way in self.ways}
 
         def measure_peak(name: str, number: int) -> None:
             peaks[name].append(peak(counts[name][number % len(self.pieces)].products))
@@ -96,7 +97,7 @@ class Comparison:
         return rows
 
     def _row(
-        self, name: str, previous: str | None, names: list[str], counts: list[Arithmetic], peaks: list[float]
+        self, name: str, previous: str | None, names: list[str], counts: list[Arithmetic], peaks: list[Peak]
     ) -> Row:
         wall, cpu = seconds(self.turns, name), seconds(self.turns, name, "cpu_s")
         done = [counts[number % len(counts)] for number in range(len(wall))]
@@ -108,9 +109,11 @@ class Comparison:
         def mean(kind: str) -> float:
             return sum(found.operations[kind] for found in counts) / len(counts) / 1e9
 
-        def share(operations: list[int]) -> float:
-            rates = [op / s / p for op, s, p in zip(operations, wall, peaks, strict=True)]
-            return Spread.of(rates).median
+        def share(operations: list[int], taken: list[float], rates: list[float]) -> float:
+            return Spread.of([o / s / r for o, s, r in zip(operations, taken, rates, strict=True)]).median
+
+        blocks, total = [found.blocks for found in done], [found.total for found in done]
+        peak_wall, peak_cpu = [found.wall for found in peaks], [found.cpu for found in peaks]
 
         return Row(
             scenario=self.scenario,
@@ -127,9 +130,10 @@ class Comparison:
             blocks_gflop=mean("blocks"),
             attention_gflop=mean("attention"),
             head_gflop=mean("head"),
-            peak_gflop_per_s=Spread.of(peaks).median / 1e9,
-            share=share([found.blocks for found in done]),
-            share_all=share([found.total for found in done]),
+            peak_gflop_per_s=Spread.of(peak_wall).median / 1e9,
+            share=share(blocks, wall, peak_wall),
+            share_cpu=share(blocks, cpu, peak_cpu),
+            share_all=share(total, wall, peak_wall),
         )
 
 

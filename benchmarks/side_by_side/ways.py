@@ -25,7 +25,7 @@ from megaptune.run.exact_sum import sum_exactly
 from megaptune.run.grid import ProcessGrid
 from megaptune.scoring import Scorer
 
-TRAIN = TrainConfig(learning_rate=1e-3, schedule="constant")
+TRAIN = TrainConfig(learning_rate=3e-4, schedule="constant")
 EVERYTHING_OFF = {name: False for name, field in SpeedConfig.model_fields.items() if field.annotation is bool}
 
 
