@@ -40,7 +40,7 @@ class Size:
     """Examples a step, steps with different examples, and tokens of a passage."""
 
     short: int = 32
-    passages: int = 8
+    passages: int = 4
     batches: int = 4
     long_batches: int = 2
     tokens: int = 200
