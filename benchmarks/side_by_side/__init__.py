@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/speed.py``: what is computed, by whom, how it is timed, counted and shown."""
