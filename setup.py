@@ -27,6 +27,7 @@ setup(
         "megaptune.results",
         "megaptune.run",
         "megaptune.tasks",
+        "megaptune.tasks.superglue",
     ],
     package_dir={"megaptune.kernels": "kernels"},
     install_requires=[
@@ -40,6 +41,7 @@ setup(
         "pydantic>=2.11,<3",
         "pyyaml>=6",
         "rich>=13",
+        "scikit-learn>=1.6",
         "tensorboard>=2.18",
         "typer>=0.15",
     ],

@@ -8,7 +8,16 @@ several tokens. Patterns and verbalizers have names, so that a file can add or r
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from megaptune import config_files
 from megaptune.errors import ConfigError
@@ -42,7 +51,7 @@ def _as_words(value: Any) -> Any:
 def _as_labels(value: Any) -> Any:
     if isinstance(value, dict) and any(not isinstance(key, str) for key in value):
         odd = ", ".join(repr(key) for key in value if not isinstance(key, str))
-        raise ValueError(f"a label must be in quotes (\"true\", \"0\"); YAML does not read {odd} as text")
+        raise ValueError(f'a label must be in quotes ("true", "0"); YAML does not read {odd} as text')
     return value
 
 
@@ -66,6 +75,8 @@ class TaskPatterns(Strict):
     verbalizers: dict[str, Verbalizer] = Field({}, description="label -> word, or words whose logits are averaged")
     manual: dict[str, Pattern] = Field({}, description="patterns without pseudo tokens")
     ptuning: dict[str, Pattern] = Field({}, description="patterns with pseudo tokens and anchor words")
+    max_tokens: int = Field(256, ge=8, description="the length that inputs are cut to, where the backbone allows it")
+    extra_masks: int = Field(0, ge=0, description="masked backbones: masks beyond the longest choice's tokens")
 
     @model_validator(mode="after")
     def _fit_together(self) -> "TaskPatterns":

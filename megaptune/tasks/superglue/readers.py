@@ -68,7 +68,11 @@ def _wic(row: Row, labelled: bool, remarks: Counter[str]) -> Iterator[SuperGlueR
         if not inside(sentence, start, end):
             yield Skip(idx, row.source, OUTSIDE, (label,) if label else ())
             return
-        fields |= {f"sentence{n}": sentence, f"form{n}": sentence[start:end], f"marked{n}": marked(sentence, start, end)}
+        fields |= {
+            f"sentence{n}": sentence,
+            f"form{n}": sentence[start:end],
+            f"marked{n}": marked(sentence, start, end),
+        }
     yield SuperGlueRecord("WiC", idx, fields, row.source, label)
 
 

@@ -1,7 +1,7 @@
 """A SuperGLUE example, and the reading of its JSON with errors that name file, line and field."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megaptune.errors import DataError
@@ -53,6 +53,13 @@ class SuperGlueRecord:
         if self.task == "WSC":
             return (0,) if self.label == "true" else ()
         return () if self.label is None or self.task not in CHOICE_TASKS else (int(self.label),)
+
+    def mirrored(self) -> "SuperGlueRecord":
+        """A COPA example with its two choices changed over: P-tuning's released code trains on both."""
+        assert self.task == "COPA", "only COPA has two choices whose order means nothing"
+        fields = {**self.fields, "choice1": self.fields["choice2"], "choice2": self.fields["choice1"]}
+        label = None if self.label is None else str(1 - int(self.label))
+        return replace(self, fields=fields, label=label, choices=self.choices[::-1])
 
     def prediction(self, chosen: int) -> str:
         """What choosing ``choices[chosen]`` predicts, in the words of ``gold``."""

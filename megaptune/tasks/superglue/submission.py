@@ -1,10 +1,10 @@
 """Predictions as SuperGLUE's server takes them: ``<task>.jsonl``, one line an example, by number.
 
-    BoolQ, CB, RTE, WiC    {"idx": 0, "label": "true"}
-    WSC                    {"idx": 0, "label": "True"}
-    COPA                   {"idx": 0, "label": 1}
-    MultiRC                {"idx": 0, "passage": {"questions": [{"idx": 0, "answers": [{"idx": 0, "label": 1}, ...]}, ...]}}
-    ReCoRD                 {"idx": 0, "label": "the entity's text"}; idx is the query's
+BoolQ, CB, RTE, WiC    {"idx": 0, "label": "true"}
+WSC                    {"idx": 0, "label": "True"}
+COPA                   {"idx": 0, "label": 1}
+MultiRC                {"idx": 0, "passage": {"questions": [{"idx": 0, "answers": [{"idx": 0, "label": 1}, ...]}, ...]}}
+ReCoRD                 {"idx": 0, "label": "the entity's text"}; idx is the query's
 """
 
 import json
