@@ -70,7 +70,7 @@ class Pattern(Strict):
 
 
 class TaskPatterns(Strict):
-    """One task's patterns, by name; the first that fits the backbone's family is the one used unless another is named."""
+    """One task's patterns, by name; the first that fits the backbone's family is used unless another is named."""
 
     verbalizers: dict[str, Verbalizer] = Field({}, description="label -> word, or words whose logits are averaged")
     manual: dict[str, Pattern] = Field({}, description="patterns without pseudo tokens")

@@ -18,7 +18,7 @@ def shorten(
     forms: TokenForms,
     where: str,
 ) -> dict[Name, str]:
-    """``texts`` with as few of the last words of ``names`` left out as make the whole input at most ``max_tokens`` long.
+    """``texts`` without the last words of ``names``, as many as make the whole input at most ``max_tokens`` long.
 
     The field with the most tokens left loses its last word first, so that of two long texts equal parts remain; a
     field keeps one word at least. Whether the input fits is always measured on the whole input as it will be read.

@@ -1,4 +1,4 @@
-"""Small changes that a text needs to stand inside a sentence; a template names them after a field: ``{choice1:lower}``."""
+"""Small changes that a text needs to stand inside a sentence; templates name them: ``{choice1:lower}``."""
 
 import string
 from collections.abc import Callable

@@ -110,13 +110,8 @@ def record_of(task: TaskName) -> SuperGlueRecord:
 
 def golden_forms(book: dict[TaskName, TaskPatterns], family: str) -> TokenForms:
     """A tokenizer that knows every word of the examples and the patterns."""
-    texts = [
-        *_strings(LINES),
-        *_strings({task: patterns.model_dump() for task, patterns in book.items()}),
-        "because so",
-    ]
-    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)})
-    # Glued signs are one token of a byte-level tokenizer otherwise, whichever are seen together first.
+    texts = [*_strings(LINES), *(text for patterns in book.values() for text in _strings(patterns.model_dump()))]
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)} | {"because", "so"})
     return TokenForms(tiny_tokenizer(TOKENIZERS[family], words))
 
 
@@ -140,13 +135,16 @@ def render(task: TaskName, book: dict[TaskName, TaskPatterns], forms: dict[str, 
                 plain = PatternEncoder(task, pattern, book[task], forms[family], family, 512)
                 lines += ["", f"{use}.{name}  {family}", *_shown(plain, record)]
                 if ":shorten" in pattern.text:
-                    allowed = len(
-                        plain.encode(record).slots if plain.label_words else plain.encode(record).choices[0].slots
-                    )
+                    allowed = _length(plain, record)
                     shorter = book[task].model_copy(update={"max_tokens": allowed - 4})
                     lines += [f"  cut to {allowed - 4}"]
                     lines += _shown(PatternEncoder(task, pattern, shorter, forms[family], family, 512), record)
     return "\n".join(lines) + "\n"
+
+
+def _length(encoder: PatternEncoder, record: SuperGlueRecord) -> int:
+    example = encoder.encode(record)
+    return len(example.choices[0].slots if isinstance(example, ChoiceExample) else example.slots)
 
 
 def _shown(encoder: PatternEncoder, record: SuperGlueRecord) -> list[str]:

@@ -8,17 +8,19 @@ training file, it is among these phrases in nine cases of ten.
 
 import re
 
-_DETERMINERS = frozenset("the a an this that these those my your his her its our their some any each every no".split())
-_ENDING = frozenset(
-    """about above across after against all along although am among and are as asked at away be because been before
-    began behind being below beneath beside between beyond both but by came can could did didn't do does doesn't done
-    don't down during even felt for from gave get go got had hadn't has have he her here hers herself him himself his
-    how however i if in inside into is isn't it its itself just knew later like made may me might more most much must my
-    near never no nor not now of off on once one only onto or our out over put said saw she should since so soon still
-    such than that the their them then there these they this those though through till to told too took toward towards
-    trying under until up upon us very was wasn't we went were weren't what when where whether which while who whom whose
-    why will with within without won't would yet you your""".split()
-)
+_DETERMINER_WORDS = "the a an this that these those my your his her its our their some any each every no"
+_ENDING_WORDS = """
+about above across after against all along although am among and are as asked at away be because been before began
+behind being below beneath beside between beyond both but by came can could did didn't do does doesn't done don't down
+during even felt for from gave get go got had hadn't has have he her here hers herself him himself his how however i if
+in inside into is isn't it its itself just knew later like made may me might more most much must my near never no nor
+not now of off on once one only onto or our out over put said saw she should since so soon still such than that the
+their them then there these they this those though through till to told too took toward towards trying under until up
+upon us very was wasn't we went were weren't what when where whether which while who whom whose why will with within
+without won't would yet you your
+"""
+_DETERMINERS = frozenset(_DETERMINER_WORDS.split())
+_ENDING = frozenset(_ENDING_WORDS.split())
 _LONGEST = 4  # words after a determiner
 _WORD = re.compile(r"\b(?:Mrs?|Ms|Dr|St)\.|[^\W_]+(?:['’.-][^\W_]+)*")
 

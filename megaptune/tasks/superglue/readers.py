@@ -78,7 +78,7 @@ def _wic(row: Row, labelled: bool, remarks: Counter[str]) -> Iterator[SuperGlueR
 
 def _wsc(row: Row, labelled: bool, remarks: Counter[str]) -> Iterator[SuperGlueRecord | Skip]:
     """Fields: ``text``, ``marked`` (asterisks around the pronoun), ``pronoun``, ``span`` (what it may refer to). A span
-    that starts one word later than the file says is taken there, as PET does by hand for a row of the validation set."""
+    that starts one word later than the file says is taken there, as PET does by hand for one validation row."""
     idx, label = (row.number("idx"),), row.label("WSC") if labelled else None
     text, target = row.raw_text("text"), row.row("target")
     places = []

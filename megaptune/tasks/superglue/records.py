@@ -93,7 +93,8 @@ class SplitData:
     @property
     def gold(self) -> dict[Idx, tuple[str, ...]]:
         """Every labelled example's right answers, those of skipped examples too: a score counts them all."""
-        return {example.idx: example.gold for example in (*self.records, *self.skipped) if example.gold}
+        found = {record.idx: record.gold for record in self.records} | {skip.idx: skip.gold for skip in self.skipped}
+        return {idx: gold for idx, gold in found.items() if gold}
 
     def complete(self, predictions: dict[Idx, str]) -> dict[Idx, str]:
         """``predictions`` with the fallback for each skipped example."""
