@@ -36,17 +36,19 @@ def shorten(
     lengths = {name: sum(members) for name, members in sizes.items()}
     excess = num_tokens(texts) - max_tokens
     while excess > 0:
-        while excess > 0:
-            longest = max((name for name in names if kept[name] > 1), key=lengths.__getitem__, default=None)
-            if longest is None:
-                cut = f"with {', '.join(map(_told, names))} cut to a word" if names else "and has no :shorten field"
-                raise DataError(
-                    f"{where}: the input is {num_tokens(texts)} tokens long {cut}; it may have {max_tokens}. Allow "
-                    "longer inputs, mark another field with :shorten, or leave the record out"
-                )
+        cuttable = [name for name in names if kept[name] > 1]
+        if not cuttable:
+            cut = f"with {', '.join(map(_told, names))} cut to a word" if names else "and has no :shorten field"
+            raise DataError(
+                f"{where}: the input is {excess + max_tokens} tokens long {cut}; it may have {max_tokens}. Allow "
+                "longer inputs, mark another field with :shorten, or leave the record out"
+            )
+        while excess > 0 and cuttable:
+            longest = max(cuttable, key=lengths.__getitem__)
             kept[longest] -= 1
             excess -= sizes[longest][kept[longest]]
             lengths[longest] -= sizes[longest][kept[longest]]
+            cuttable = [name for name in cuttable if kept[name] > 1]
         texts = {**texts, **{name: "".join(words[name][: kept[name]]) for name in names}}
         excess = num_tokens(texts) - max_tokens
     return texts

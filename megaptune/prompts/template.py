@@ -169,7 +169,7 @@ class Template:
         """
         tokens = forms.words_after_space(list(choices))
         for choice, ids in zip(choices, tokens, strict=True):
-            if not ids:
+            if not choice.strip() or not ids:
                 raise DataError(f"{record.source}: the answer {choice!r} has no tokens")
             if max_tokens is not None and len(ids) > max_tokens:
                 raise DataError(

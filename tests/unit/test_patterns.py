@@ -52,7 +52,7 @@ def test_a_pattern_of_another_family_or_none_is_told(tmp_path: Path):
 
 def test_a_file_adds_to_those_it_names(tmp_path: Path):
     (tmp_path / "base.yaml").write_text(GOOD, encoding="utf-8")
-    added = "defaults: [base.yaml]\npatterns:\n  WiC: {manual: {two: {text: '[answer] {word}', verbalizer: yes_no, families: [masked]}}}"
+    added = "defaults: [base.yaml]\npatterns: {WiC: {manual: {two: {text: '[answer] {word}', families: [masked]}}}}"
     patterns = load(tmp_path, added)
     assert [pattern.text for pattern in patterns.manual.values()] == ["{word} [answer]", "[answer] {word}"]
 
@@ -61,13 +61,19 @@ def test_a_file_adds_to_those_it_names(tmp_path: Path):
     ("change", "message"),
     [
         (('"true": ["Yes", "Right"]', ""), "WiC: verbalizer yes_no has no word for the label 'true'"),
-        (('"false": "No",', '"false": "No", "maybe": "Maybe",'), "names 'maybe', which is no label of it (false, true)"),
+        (
+            ('"false": "No",', '"false": "No", "maybe": "Maybe",'),
+            "'maybe', which is no label of it (false, true)",
+        ),
         (('"Right"', '"No"'), "the word 'No' stands for 'false' and again for 'true'"),
         (('"Right"', '"Yes"'), "the word 'Yes' stands for 'true' and again for 'true'"),
         (('"false": "No"', "false: 'No'"), 'a label must be in quotes ("true", "0"); YAML does not read False as text'),
         (('"false": "No"', '"false": No'), "YAML reads an unquoted yes, no, true or false as False"),
         (("verbalizer: yes_no, ", "verbalizer: other, "), "manual.one names the verbalizer 'other' (there: yes_no)"),
-        ((", verbalizer: yes_no}", "}"), "WiC: manual.two needs a verbalizer: the examples have no choices of their own"),
+        (
+            (", verbalizer: yes_no}", "}"),
+            "WiC: manual.two needs a verbalizer: the examples have no choices",
+        ),
         (("families: [masked]", "family: masked"), "`WiC.manual.one.family`: Extra inputs are not permitted"),
         (("  WiC:", "  WIC:"), "`WIC.[key]`: Input should be 'BoolQ', 'CB'"),
     ],

@@ -65,7 +65,7 @@ def _run(text: str, words: list[re.Match[str]], first: int, determined: bool) ->
         word = words[index][0]
         apart = index > first and text[words[index - 1].end() : words[index].start()].strip() != ""
         ends = word.casefold() in _ENDING or word.casefold().endswith("ly") or word[0].isdigit()
-        past = word.endswith("ed") and index > first + 1
+        past = word.endswith("ed") and len(word) > 4 and index > first + 1
         fits = not past and length <= _LONGEST if determined else word[0].isupper()
         if apart or ends or not fits:
             break

@@ -86,7 +86,7 @@ def _wsc(row: Row, labelled: bool, remarks: Counter[str]) -> Iterator[SuperGlueR
         span, index = target.text(f"span{n}_text"), target.number(f"span{n}_index")
         place = word_span(text, span, index)
         if place is None:
-            place = word_span(text, span, index + 1)
+            place = word_span(text, span, index + 1) if index >= 0 else None
             if place is None:
                 yield Skip(idx, row.source, OUTSIDE, (label,) if label else ())
                 return
