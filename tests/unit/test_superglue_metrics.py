@@ -1,4 +1,4 @@
-"""SuperGLUE's metrics against examples worked by hand, and against scikit-learn and plain counting on random answers."""
+"""SuperGLUE's metrics against examples worked by hand, scikit-learn, and plain counting on random answers."""
 
 import random
 
@@ -23,11 +23,10 @@ def test_accuracy_by_hand():
 
 
 def test_cb_by_hand():
-    """entailment: precision 1/2, recall 1; contradiction: 1, 1/2; neutral: never said. F1: 2/3, 2/3, 0."""
+    """entailment: 1 of the 2 said, 1 of 1 found; contradiction: 1 of 2, 1 of 2; neutral: never. F1 2/3, 1/2, 0."""
     gold = one("entailment contradiction contradiction neutral")
     found = score("CB", gold, said("entailment contradiction entailment contradiction"))
     assert found["accuracy"] == 0.5
-    # entailment 1 of 2 said, contradiction 1 of 2 said and 1 of 2 found: F1 2/3, 1/2, 0
     assert found["f1"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
 
@@ -36,16 +35,9 @@ def test_a_class_that_does_not_occur_is_no_part_of_the_macro_f1():
 
 
 def test_multirc_by_hand():
-    """Two passages, three questions. Said right: 3 of 4, found: 3 of 5, so F1a is 6/9; all right: the middle question."""
-    gold = {
-        (0, 0, 0): "1",
-        (0, 0, 1): "1",
-        (0, 1, 2): "0",
-        (0, 1, 3): "1",
-        (1, 0, 4): "1",
-        (1, 0, 5): "0",
-        (1, 0, 6): "1",
-    }
+    """Three questions. Of 4 answers said to be right 3 are, of the 5 right ones: F1a 6/9. All right: the middle one."""
+    gold = {(0, 0, 0): "1", (0, 0, 1): "1", (0, 1, 2): "0", (0, 1, 3): "1"}
+    gold |= {(1, 0, 4): "1", (1, 0, 5): "0", (1, 0, 6): "1"}
     answers = {**gold, (0, 0, 1): "0", (1, 0, 5): "1", (1, 0, 6): "0"}
     found = score("MultiRC", {idx: (label,) for idx, label in gold.items()}, answers)
     assert found == {"f1a": pytest.approx(6 / 9), "em": pytest.approx(1 / 3)}
