@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -42,23 +42,6 @@ CHOICE_TASKS: tuple[TaskName, ...] = ("COPA", "WSC", "ReCoRD")
 """The tasks whose examples have choices of their own."""
 
 
-def _as_words(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"YAML reads an unquoted yes, no, true or false as {value}; put the word in quotes")
-    return [value] if isinstance(value, str) else value
-
-
-def _as_labels(value: Any) -> Any:
-    if isinstance(value, dict) and any(not isinstance(key, str) for key in value):
-        odd = ", ".join(repr(key) for key in value if not isinstance(key, str))
-        raise ValueError(f'a label must be in quotes ("true", "0"); YAML does not read {odd} as text')
-    return value
-
-
-Words = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_as_words), Field(min_length=1)]
-Verbalizer = Annotated[dict[str, Words], BeforeValidator(_as_labels)]
-
-
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,11 +55,21 @@ class Pattern(Strict):
 class TaskPatterns(Strict):
     """One task's patterns, by name; the first that fits the backbone's family is used unless another is named."""
 
-    verbalizers: dict[str, Verbalizer] = Field({}, description="label -> word, or words whose logits are averaged")
+    verbalizers: dict[str, dict[str, list[str]]] = Field(
+        {}, description="by name: label -> word, or words whose logits are averaged"
+    )
     manual: dict[str, Pattern] = Field({}, description="patterns without pseudo tokens")
     ptuning: dict[str, Pattern] = Field({}, description="patterns with pseudo tokens and anchor words")
     max_tokens: int = Field(256, ge=8, description="the length that inputs are cut to, where the backbone allows it")
     extra_masks: int = Field(0, ge=0, description="masked backbones: masks beyond the longest choice's tokens")
+
+    @field_validator("verbalizers", mode="before")
+    @classmethod
+    def _words_in_lists(cls, value: Any) -> Any:
+        """A single word may stand without a list."""
+        if not isinstance(value, dict):
+            return value
+        return {name: _in_lists(name, words) if isinstance(words, dict) else words for name, words in value.items()}
 
     @model_validator(mode="after")
     def _fit_together(self) -> "TaskPatterns":
@@ -107,6 +100,15 @@ class TaskPatterns(Strict):
         raise ConfigError(f"{wanted} for {kind} backbones (there: {', '.join(fitting) or 'none'})")
 
 
+def _in_lists(name: str, words: dict[Any, Any]) -> dict[Any, Any]:
+    for label, word in words.items():
+        if not isinstance(label, str):
+            raise ValueError(f'{name}: write the label {label!r} in quotes, "true" or "0": YAML reads no text here')
+        if isinstance(word, bool):
+            raise ValueError(f"{name}: {label}: YAML reads an unquoted yes, no, true or false as {word}: quote it")
+    return {label: [word] if isinstance(word, str) else word for label, word in words.items()}
+
+
 def _repeated(words: dict[str, list[str]]) -> list[str]:
     """Words that stand for two labels, or twice for one."""
     problems = []
@@ -123,7 +125,7 @@ def check_labels(task: TaskName, patterns: TaskPatterns) -> list[str]:
     """What is wrong with a task's verbalizers and patterns, as lines; nothing, if all fit its labels."""
     problems = []
     for name, words in patterns.verbalizers.items():
-        missing = [label for label in LABELS[task] if label not in words]
+        missing = [label for label in LABELS[task] if not any(words.get(label, []))]
         unknown = [label for label in words if label not in LABELS[task]]
         where = f"{task}: verbalizer {name}"
         problems += [f"{where} has no word for the label {label!r}" for label in missing]

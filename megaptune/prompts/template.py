@@ -136,6 +136,11 @@ class Template:
         return [field.name for field in self._fields]
 
     @property
+    def shortens(self) -> bool:
+        """Whether a field may be cut to make an input fit."""
+        return any(field.shortens for field in self._fields)
+
+    @property
     def _fields(self) -> list[Field]:
         return [field for part in self.parts if isinstance(part, Text) for field in part.fields]
 
@@ -147,7 +152,7 @@ class Template:
         :param max_tokens: the length that shortenable fields are cut to, special tokens included; None: no limit.
         :raises DataError: when the record lacks a field of the template, or cannot be cut to ``max_tokens``.
         """
-        return self._assemble(self._texts(record, forms, max_tokens, 1), forms, first_row, masks=1)
+        return self._fitted(record, forms, first_row, max_tokens, answer_tokens=1)
 
     def encode_choices(
         self,
@@ -177,8 +182,7 @@ class Template:
                     f"{max_tokens}; leave the record out or allow longer inputs"
                 )
         longest = max(map(len, tokens), default=1) + (extra_masks if self.kind == "masked" else 0)
-        texts = self._texts(record, forms, max_tokens, longest)
-        prompt = self._assemble(texts, forms, first_row, masks=longest)
+        prompt = self._fitted(record, forms, first_row, max_tokens, answer_tokens=longest)
         first = prompt.answer_position
         return [
             EncodedChoice(
@@ -189,20 +193,24 @@ class Template:
             for ids in tokens
         ]
 
-    def _texts(
-        self, record: HasFields, forms: TokenForms, max_tokens: int | None, answer_tokens: int
-    ) -> dict[Field, str]:
-        """Each field's text, cut to what ``max_tokens`` leaves beside an answer of ``answer_tokens``."""
+    def _fitted(
+        self, record: HasFields, forms: TokenForms, first_row: int, max_tokens: int | None, answer_tokens: int
+    ) -> EncodedPrompt:
+        """The input with its shortenable fields cut to what ``max_tokens`` leaves beside the answer."""
         texts = {field: field.text(record) for field in self._fields}
+        # A causal model reads all of an answer's tokens but the last; a masked one's masks stand in the input.
+        behind = answer_tokens - 1 if self.kind == "causal" else 0
 
-        def num_tokens(tried: dict[Field, str]) -> int:
-            behind = answer_tokens - 1 if self.kind == "causal" else 0
-            return len(self._assemble(tried, forms, 0, answer_tokens).slots) + behind
+        def num_tokens(tried: Mapping[Field, str]) -> int:
+            return len(self._assemble(tried, forms, first_row, answer_tokens).slots) + behind
 
-        if max_tokens is None or num_tokens(texts) <= max_tokens:
-            return texts
+        prompt = self._assemble(texts, forms, first_row, answer_tokens)
+        if max_tokens is None or len(prompt.slots) + behind <= max_tokens:
+            return prompt
         where = f"{record.source}: template {self.text!r}"
-        return shorten(texts, [field for field in texts if field.shortens], max_tokens, num_tokens, forms, where)
+        cuttable = [field for field in texts if field.shortens]
+        texts = shorten(texts, cuttable, max_tokens, num_tokens, forms, where)
+        return self._assemble(texts, forms, first_row, answer_tokens)
 
     def _assemble(self, texts: Mapping[Field, str], forms: TokenForms, first_row: int, masks: int) -> EncodedPrompt:
         before, after = forms.specials

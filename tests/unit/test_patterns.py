@@ -67,8 +67,9 @@ def test_a_file_adds_to_those_it_names(tmp_path: Path):
         ),
         (('"Right"', '"No"'), "the word 'No' stands for 'false' and again for 'true'"),
         (('"Right"', '"Yes"'), "the word 'Yes' stands for 'true' and again for 'true'"),
-        (('"false": "No"', "false: 'No'"), 'a label must be in quotes ("true", "0"); YAML does not read False as text'),
-        (('"false": "No"', '"false": No'), "YAML reads an unquoted yes, no, true or false as False"),
+        (('"false": "No"', "false: 'No'"), 'yes_no: write the label False in quotes, "true" or "0"'),
+        (('"false": "No"', '"false": No'), "yes_no: false: YAML reads an unquoted yes, no, true or false as False"),
+        (('"false": "No"', '"false": []'), "WiC: verbalizer yes_no has no word for the label 'false'"),
         (("verbalizer: yes_no, ", "verbalizer: other, "), "manual.one names the verbalizer 'other' (there: yes_no)"),
         (
             (", verbalizer: yes_no}", "}"),
