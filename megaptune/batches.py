@@ -3,34 +3,45 @@
 The content and order of every global batch is a function of (seed, epoch, step) alone: it is computed, never
 replayed, and does not know how many ranks there are.
 
-B examples, T tokens.
+B examples.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megaptune.backbone.host import BackboneHost
+from megaptune.backbone.inputs import Inputs
 from megaptune.examples import Example
+
+
+class Member(NamedTuple):
+    """An example as one job's: ``first_row`` is where the job's rows begin in the table, ``job`` its number there."""
+
+    example: Example
+    first_row: int = 0
+    job: int = 0
+
+    @property
+    def slots(self) -> list[int]:
+        first = self.first_row
+        return [slot - first if slot < 0 else slot for slot in self.example.slots] if first else self.example.slots
 
 
 @dataclass(frozen=True)
 class Batch:
-    """slots [B, T] int64; attention_mask [B, T] or None; answer_positions [B]; answers [B] token ids; weights [B] fp32.
+    """inputs: B examples as the backbone reads them; answers [B] token ids; jobs [B]; weights [B] fp32.
 
     A weight of 0 marks a stand-in: under ZeRO-3 all ranks run the same number of forwards.
     """
 
-    slots: Tensor
-    attention_mask: Tensor | None
-    answer_positions: Tensor
+    inputs: Inputs
     answers: Tensor
+    jobs: Tensor
     weights: Tensor
-
-    @property
-    def num_tokens(self) -> int:
-        return self.slots.numel()
 
 
 class EpochPlan:
@@ -49,14 +60,31 @@ class EpochPlan:
         return order[place * self.global_batch : (place + 1) * self.global_batch]
 
 
-def micro_batches(lengths: Sequence[int], indices: Sequence[int], size: int) -> list[list[int]]:
-    """Cut a batch into pieces of ``size`` examples of similar length, longest first.
+def micro_batches(
+    lengths: Sequence[int],
+    indices: Sequence[int],
+    size: int,
+    by_length: bool = True,
+    tokens: int | None = None,
+) -> list[list[int]]:
+    """Cut a batch into pieces of ``size`` examples, of similar length and longest first unless told otherwise.
 
     The cut knows nothing of ranks: a piece is computed the same wherever it is computed, so the sum over pieces does
     not depend on the layout. ``lengths`` belongs to the whole set, ``indices`` to the batch.
+
+    :param tokens: of a piece, padding counted, at most; an example that is longer is a piece of its own.
     """
-    by_length = sorted(indices, key=lambda index: (-lengths[index], index))
-    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    ordered = sorted(indices, key=lambda index: (-lengths[index], index)) if by_length else list(indices)
+    pieces: list[list[int]] = []
+    longest = 0
+    for index in ordered:
+        longest = max(longest, lengths[index])
+        full = not pieces or len(pieces[-1]) == size
+        if full or (tokens is not None and longest * (len(pieces[-1]) + 1) > tokens):
+            pieces.append([])
+            longest = lengths[index]
+        pieces[-1].append(index)
+    return pieces
 
 
 def rounds(pieces: list[list[int]], rank: int, world_size: int) -> list[list[int]]:
@@ -66,16 +94,13 @@ def rounds(pieces: list[list[int]], rank: int, world_size: int) -> list[list[int
     return mine + [[]] * (count - len(mine))
 
 
-def collate(examples: Sequence[Example], pad_id: int, masked: bool, device: torch.device, stand_in: Example) -> Batch:
-    """Pad on the right. A causal model needs no mask for that: no answer position sees what follows it."""
-    members = list(examples) or [stand_in]
-    length = max(len(example.slots) for example in members)
-    slots = torch.tensor([example.slots + [pad_id] * (length - len(example.slots)) for example in members])
-    mask = torch.tensor([[1] * len(e.slots) + [0] * (length - len(e.slots)) for e in members]) if masked else None
+def collate(members: Sequence[Member], host: BackboneHost, pad_id: int, stand_in: Member) -> Batch:
+    """The members as tensors; without any, a batch of the stand-in that counts nothing."""
+    present = list(members) or [stand_in]
+    answers = [member.example.answer_position for member in present]
     return Batch(
-        slots.to(device),
-        None if mask is None else mask.to(device),
-        torch.tensor([example.answer_position for example in members], device=device),
-        torch.tensor([example.answer for example in members], device=device),
-        torch.full((len(members),), 1.0 if examples else 0.0, device=device),
+        host.lay_out([member.slots for member in present], answers, [member.job for member in present], pad_id),
+        torch.tensor([member.example.answer for member in present], device=host.device),
+        torch.tensor([member.job for member in present], device=host.device),
+        torch.full((len(present),), 1.0 if members else 0.0, device=host.device),
     )

@@ -96,6 +96,9 @@ class TrainConfig(Section):
     epochs: int = Field(100, ge=1, description="passes over the training records, at most")
     global_batch: int = Field(8, ge=1, description="examples per optimizer step over all ranks")
     micro_batch: int = Field(8, ge=1, description="examples computed together; ranks take whole micro-batches")
+    micro_tokens: int | None = Field(
+        None, ge=1, description="the same in tokens, padding counted: a micro-batch closes where it would hold more"
+    )
     drop_last: bool = Field(False, description="leave out an epoch's incomplete last batch")
     optimizer: Literal["adam", "sgd"] = Field("adam", description="of the prompt encoder and a tuned LM, torch's")
     learning_rate: float = Field(1e-5, gt=0, description="of the prompt encoder: the highest rate of the schedule")
@@ -152,6 +155,27 @@ class ParallelConfig(Section):
         return self
 
 
+class SpeedConfig(Section):
+    """Work that need not be done. Nothing here changes a result beyond rounding."""
+
+    answers_only: bool = Field(True, description="the output embedding is applied at the answer positions alone")
+    candidates_only: bool = Field(True, description="and to the rows of the candidates alone")
+    length_buckets: bool = Field(True, description="micro-batches hold examples of similar length")
+    packing: bool = Field(True, description="a micro-batch's tokens lie one after the other: no padding is computed")
+    share_leading_tokens: bool = Field(
+        True,
+        description="tokens that examples begin with alike, a leading prompt's too, are computed once",
+    )
+    cut_last_block: bool = Field(True, description="the last block's queries and MLP are computed at the answers alone")
+    context_cache: bool = Field(
+        True, description="keep keys and values of what precedes an example's first pseudo token, over all epochs"
+    )
+    context_host_gib: float = Field(2.0, ge=0, description="context cache: a rank's share of host memory, at most")
+    context_device_gib: float = Field(0.0, ge=0, description="context cache: of a GPU's memory")
+    context_disk_gib: float = Field(8.0, ge=0, description="context cache: files in the run directory, for a resume")
+    compile_blocks: bool = Field(False, description="torch.compile of the backbone's blocks; the first step takes long")
+
+
 class CheckpointConfig(Section):
     every_steps: int | None = Field(None, ge=1, description="besides the end of each epoch")
     keep: int = Field(2, ge=2, description="newest checkpoints kept; two, so that one can be damaged")
@@ -203,6 +227,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    speed: SpeedConfig = SpeedConfig()
     kernels: KernelConfig = KernelConfig()
     launch: LaunchConfig = LaunchConfig()
 
@@ -256,7 +281,7 @@ class Config(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but the layout, logging and retention, which a resumed run may change."""
-        exempt = {"run", "parallel", "checkpoint", "monitor", "kernels", "launch", "evaluation"}
+        exempt = {"run", "parallel", "checkpoint", "monitor", "speed", "kernels", "launch", "evaluation"}
         kept = self.model_dump(mode="json", exclude=exempt)
         kept["run"] = {"seeds": self.run.seeds}
         kept["backbone"].pop("architecture")

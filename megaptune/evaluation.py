@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from megaptune.backbone.host import BackboneHost
-from megaptune.batches import collate, micro_batches, rounds
+from megaptune.batches import Member, collate, micro_batches, rounds
 from megaptune.config import Reading
-from megaptune.examples import Example
 from megaptune.run.topology import all_reduce_sum
 from megaptune.scoring import Figures, Scorer
 
@@ -33,21 +32,21 @@ class Outcome:
 @torch.no_grad()
 def evaluate(
     host: BackboneHost,
-    examples: Sequence[Example],
+    members: Sequence[Member],
     table: Tensor,
     scorers: dict[Reading, Scorer],
     batch: int,
     pad_id: int,
 ) -> dict[Reading, Outcome]:
-    """Every example scored once under the prompt ``table`` [R, D]; the same on all ranks."""
-    found = {reading: torch.zeros(3, len(examples), dtype=torch.float64) for reading in scorers}
-    pieces = micro_batches([len(example.slots) for example in examples], range(len(examples)), batch)
+    """Every member scored once under the prompts of ``table`` [R, D]; the same on all ranks."""
+    found = {reading: torch.zeros(3, len(members), dtype=torch.float64) for reading in scorers}
+    lengths = [len(member.example.slots) for member in members]
+    pieces = micro_batches(lengths, range(len(members)), batch, host.speed.length_buckets)
     for mine in rounds(pieces, host.grid.replica, host.grid.replicas):
-        members = [examples[index] for index in mine]
-        inputs = collate(members, pad_id, host.kind == "masked", host.device, stand_in=examples[0])
-        features = host.features(inputs.slots, inputs.attention_mask, inputs.answer_positions, table)
+        piece = collate([members[index] for index in mine], host, pad_id, stand_in=members[0])
+        features = host.features(piece.inputs, table)
         for reading, scorer in scorers.items():
-            scores = torch.stack([column.double() for column in scorer(features, inputs.answers)])
+            scores = torch.stack([column.double() for column in scorer(features, piece.answers)])
             if mine and host.grid.speaks:
                 found[reading][:, mine] = scores.cpu()
     outcomes = {}

@@ -17,6 +17,7 @@ from megaptune.backbone.fingerprint import rows_checksum
 from megaptune.backbone.host import BackboneHost
 from megaptune.backbone.tuned_host import TunedHost
 from megaptune.backbone.weight_files import verify_checksums
+from megaptune.batches import Member
 from megaptune.config import Config, Reading
 from megaptune.errors import SetupError
 from megaptune.evaluation import Outcome, evaluate
@@ -180,7 +181,8 @@ class Experiment:
     ) -> dict[Reading, Outcome]:
         wanted = {reading: scorers[reading] for reading in self.config.scoring.evaluate_over}
         batch = self.config.evaluation.batch
-        return evaluate(self.host, examples, table, wanted, batch, self.prepared.pad_id)
+        members = [Member(example) for example in examples]
+        return evaluate(self.host, members, table, wanted, batch, self.prepared.pad_id)
 
     def finish(
         self,
@@ -272,7 +274,7 @@ class Experiment:
 def _load(prepared: PreparedRun, grid: ProcessGrid, topology: Topology, tuned: bool) -> BackboneHost:
     config = prepared.config
     common = prepared.backbone, config.backbone.dtype, config.parallel, grid, topology.device
-    return TunedHost(*common, config.train) if tuned else BackboneHost(*common)
+    return TunedHost(*common, config.train, config.speed) if tuned else BackboneHost(*common, config.speed)
 
 
 def _check_files(prepared: PreparedRun, directory: RunDirectory) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megaptune.backbone.host import BackboneHost
+from megaptune.backbone.inputs import Padded
 from megaptune.backbone.output_rows import OutputRows
 from megaptune.backbone.tensor_parallel import parallel_softmax
 from megaptune.backbone.tuned_host import TunedHost
@@ -40,11 +41,17 @@ class Scorer:
 
     def losses(self, batch: Batch, table: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [B] fp32 and ranks [B] of a batch, differentiable in all that is trained."""
-        inputs = batch.slots, batch.attention_mask, batch.answer_positions, table
-        if isinstance(self.host, TunedHost):
-            return self.host.losses(*inputs, self._labels(batch.answers), self.rows)
-        loss, rank, _ = self(self.host.features(*inputs), batch.answers)
-        return loss, rank
+        host, inputs = self.host, batch.inputs
+        if isinstance(host, TunedHost):
+            return host.losses(inputs, table, self._labels(batch.answers), self.rows)
+        if host.speed.answers_only:
+            loss, rank, _ = self(host.features(inputs, table), batch.answers)
+            return loss, rank
+        assert isinstance(inputs, Padded)
+        features = host.features(inputs, table, everywhere=True)  # [B, T, D]
+        loss, rank, _ = self(features.flatten(0, 1), batch.answers.repeat_interleave(features.shape[1]))
+        places = torch.arange(len(features), device=features.device) * features.shape[1] + inputs.answer_positions
+        return loss[places], rank[places]
 
     def _labels(self, answers: Tensor) -> Tensor:
         """Token ids as places among the candidates."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megaptune.backbone.host import BackboneHost
-from megaptune.batches import EpochPlan, collate, micro_batches, rounds
+from megaptune.batches import EpochPlan, Member, collate, micro_batches, rounds
 from megaptune.config import Config, Reading
 from megaptune.errors import CheckpointError, DivergedError
 from megaptune.evaluation import Outcome, evaluate
@@ -150,17 +150,17 @@ class Trainer:
         leaf, grid = table.requires_grad_(), self.host.grid
         gradients: list[Tensor] = []
         sums = torch.zeros(4, dtype=torch.float64, device=self.host.device)  # loss, hits, examples, tokens
-        pieces = micro_batches(self.lengths, indices, self.config.train.micro_batch)
+        pieces = micro_batches(self.lengths, indices, self.config.train.micro_batch, self.host.speed.length_buckets)
         for piece in rounds(pieces, grid.replica, grid.replicas):
-            members = [self.train[index] for index in piece]
-            batch = collate(members, self.pad_id, self.host.kind == "masked", self.host.device, self.train[indices[0]])
+            members = [Member(self.train[index]) for index in piece]
+            batch = collate(members, self.host, self.pad_id, Member(self.train[indices[0]]))
             losses, ranks = self.loss_over.losses(batch, leaf)
             loss = (losses * batch.weights).sum()
             leaf.grad = None
             self.host.weights.backward(loss / len(indices))
             gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)  # None: a table of no rows
             hits = ((ranks == 0) * batch.weights).sum()
-            tokens = sum(len(member.slots) for member in members)
+            tokens = sum(len(member.example.slots) for member in members)
             sums += torch.stack(
                 [loss.detach(), hits, batch.weights.sum(), torch.tensor(float(tokens)).to(hits)]
             ).double()
@@ -187,7 +187,7 @@ class Trainer:
         self, examples: list[Example], table: Tensor, scorers: dict[Reading, Scorer]
     ) -> dict[Reading, Outcome]:
         batch = self.config.evaluation.batch
-        return evaluate(self.host, examples, table, scorers, batch, self.pad_id)
+        return evaluate(self.host, [Member(example) for example in examples], table, scorers, batch, self.pad_id)
 
     def best_vectors(self) -> Tensor:
         """The rows [R, D] of the best dev epoch."""

@@ -24,17 +24,20 @@ ranks: then several ranks hold the same one), GPT-2's three blocks side by side,
 @dataclass(frozen=True)
 class Family:
     """blocks: the list of blocks; enters: modules (in a block) at whose input the ranks' gradients are summed;
-    columns, rows: the layers; divided: attributes of a module, counts that its code reads, that shrink with the slice;
-    unread: patterns of tensors that files hold and the model has no use for; renamed: beginnings of names in files that
-    the model calls otherwise."""
+    columns, rows: the layers; keys_and_values: those that attention needs of every token; divided: attributes of a
+    module, counts that its code reads, that shrink with the slice; unread: patterns of tensors that files hold and the
+    model has no use for; renamed: beginnings of names in files that the model calls otherwise; counts_from_padding: the
+    first position is the one after the padding id."""
 
     blocks: str
     enters: tuple[str, ...]
     columns: dict[str, Outputs]
     rows: tuple[str, ...]
+    keys_and_values: tuple[str, ...]
     divided: dict[str, tuple[str, ...]] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
+    counts_from_padding: bool = False
 
 
 _LLAMA = Family(
@@ -48,11 +51,17 @@ _LLAMA = Family(
         "mlp.up_proj": "features",
     },
     rows=("self_attn.o_proj", "mlp.down_proj"),
+    keys_and_values=("self_attn.k_proj", "self_attn.v_proj"),
     unread=(r"rotary_emb\.inv_freq$",),
 )
 
 _SEPARATE = {"self_attn.q_proj": "heads", "self_attn.k_proj": "heads", "self_attn.v_proj": "heads", "fc1": "features"}
-_FAIRSEQ: dict[str, Any] = {"enters": ("self_attn", "fc1"), "columns": _SEPARATE, "rows": ("self_attn.out_proj", "fc2")}
+_FAIRSEQ: dict[str, Any] = {
+    "enters": ("self_attn", "fc1"),
+    "columns": _SEPARATE,
+    "rows": ("self_attn.out_proj", "fc2"),
+    "keys_and_values": ("self_attn.k_proj", "self_attn.v_proj"),
+}
 
 _BERT: dict[str, Any] = {
     "enters": ("attention.self", "intermediate"),
@@ -63,6 +72,7 @@ _BERT: dict[str, Any] = {
         "intermediate.dense": "features",
     },
     "rows": ("attention.output.dense", "output.dense"),
+    "keys_and_values": ("attention.self.key", "attention.self.value"),
     "unread": (r"\.pooler\.", r"^cls\.seq_relationship\.", r"position_ids$"),
 }
 
@@ -72,6 +82,7 @@ FAMILIES: dict[str, Family] = {
         enters=("attn", "mlp"),
         columns={"attn.c_attn": "q|k|v", "mlp.c_fc": "features"},
         rows=("attn.c_proj", "mlp.c_proj"),
+        keys_and_values=("attn.c_attn",),
         divided={"attn": ("num_heads", "split_size")},
         unread=(r"(^|\.)attn\.(masked_)?bias$",),
     ),
@@ -83,6 +94,7 @@ FAMILIES: dict[str, Family] = {
         enters=("attention", "mlp"),
         columns={"attention.query_key_value": "heads", "mlp.dense_h_to_4h": "features"},
         rows=("attention.dense", "mlp.dense_4h_to_h"),
+        keys_and_values=("attention.query_key_value",),
         unread=(r"attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$"),
         renamed={"embed_out.": "lm_head."},
     ),
@@ -94,7 +106,7 @@ FAMILIES: dict[str, Family] = {
         **_FAIRSEQ,
     ),
     "bert": Family(blocks="bert.encoder.layer", **_BERT),
-    "roberta": Family(blocks="roberta.encoder.layer", **_BERT),
+    "roberta": Family(blocks="roberta.encoder.layer", counts_from_padding=True, **_BERT),
 }
 """Families that are loaded slice by slice and can be divided. Others are read whole, by transformers."""
 

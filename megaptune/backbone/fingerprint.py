@@ -28,6 +28,11 @@ class Fingerprint:
     probe: tuple[float, ...]
     dtype: str
 
+    @property
+    def digest(self) -> str:
+        """Short and fit for a file name."""
+        return self.rows_sha256[:16]
+
     def as_dict(self) -> dict[str, Any]:
         return {"rows_sha256": self.rows_sha256, "probe": list(self.probe), "dtype": self.dtype}
 

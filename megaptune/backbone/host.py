@@ -7,6 +7,7 @@ that is checked on a probe input, so a family with another read-out is refused i
 B examples, T tokens, R table rows, D backbone width, V vocabulary.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,16 +15,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaptune.backbone.architectures import FAMILIES, blocks_of, divisible, vocabulary_range
+from megaptune.backbone.context_cache import ContextCache, worth_keeping
 from megaptune.backbone.description import BackboneDescription
+from megaptune.backbone.engine import start_engine, zero_init
 from megaptune.backbone.fingerprint import Fingerprint, probe_ids, rows_checksum
 from megaptune.backbone.frozen_linear import keep_no_inputs
+from megaptune.backbone.inputs import Inputs, Packed, Padded, pack, pad
 from megaptune.backbone.loading import DTYPES, load_divided
 from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
+from megaptune.backbone.packed_attention import Reading, cut_last_block, no_mask, read_packed
 from megaptune.backbone.tensor_parallel import splice
 from megaptune.backbone.weights import FrozenWeights, Weights
 from megaptune.backbone.whole_model import load_whole
 from megaptune.backbone.zero_config import frozen_backbone_config, zero_stage
-from megaptune.config import ParallelConfig
+from megaptune.config import ParallelConfig, SpeedConfig
 from megaptune.errors import BackboneError
 from megaptune.kernels import dispatch
 from megaptune.run import roll_call
@@ -48,16 +53,56 @@ class PromptedBackbone(nn.Module):
         self.vocabulary = embedding.weight
         self.embedding_scale = float(getattr(embedding, "embed_scale", None) or 1.0)
         self.grid, self.first_id = grid, first_id
+        self.reading: Reading | None = None
+        self.first_position = 0
+        family = FAMILIES.get(model.config.model_type)
+        if family is not None:
+            self.reading = read_packed(model, family)
+            self.first_position = model.config.pad_token_id + 1 if family.counts_from_padding else 0
 
-    def forward(self, slots: Tensor, attention_mask: Tensor | None, answer_positions: Tensor, table: Tensor) -> Tensor:
-        """slots [B, T], attention_mask [B, T] or None, answer_positions [B], table [R, D] fp32 -> features [B, D]."""
-        return self.read(self.embed(slots, table), attention_mask, answer_positions)
+    def forward(
+        self,
+        inputs: Inputs,
+        table: Tensor,
+        kept: Tensor | None = None,
+        everywhere: bool = False,
+        record: bool = False,
+    ) -> Tensor:
+        """inputs, table [R, D] fp32 -> features [B, D]; of a padded batch ``everywhere`` [B, T, D], if wanted.
 
-    def read(self, embeds: Tensor, attention_mask: Tensor | None, answer_positions: Tensor) -> Tensor:
-        """embeds [B, T, D] -> features [B, D]."""
+        :param kept: keys and values of a packed batch's contexts [L, 2, S, heads, P, head width].
+        :param record: return keys and values of a packed batch's tokens instead [L, 2, heads, N, head width].
+        """
+        embeds = self.embed(inputs.slots, table)
+        if isinstance(inputs, Packed):
+            recorded: list[Tensor] | None = [] if record else None
+            features = self.read_packed(embeds, inputs, kept, recorded)
+            return features if recorded is None else torch.stack(recorded)
+        return self.read(embeds, inputs.attention_mask, None if everywhere else inputs.answer_positions)
+
+    def read(self, embeds: Tensor, attention_mask: Tensor | None, answer_positions: Tensor | None) -> Tensor:
+        """embeds [B, T, D] -> features [B, D]; without answer positions, of all [B, T, D]."""
+        if self.reading is not None:
+            self.reading.begin(None)
         output = self.body(inputs_embeds=embeds, attention_mask=attention_mask, **self.body_options)
         hidden = output.last_hidden_state  # [B, T, D]
-        at_answers = hidden[torch.arange(hidden.shape[0], device=hidden.device), answer_positions]
+        if answer_positions is not None:
+            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), answer_positions]
+        return hidden if self.readout is None else self.readout(hidden)
+
+    def read_packed(
+        self, embeds: Tensor, packed: Packed, kept: Tensor | None = None, record: list[Tensor] | None = None
+    ) -> Tensor:
+        """embeds [1, N, D] -> features [B, D]."""
+        assert self.reading is not None, "packed batches are for families of the table"
+        self.reading.begin(packed, kept, record)
+        output = self.body(
+            inputs_embeds=embeds,
+            attention_mask=no_mask(embeds),
+            position_ids=packed.positions + self.first_position,
+            **self.body_options,
+        )
+        at_answers = output.last_hidden_state[0, packed.answers]
         return at_answers if self.readout is None else self.readout(at_answers)
 
     def embed(self, slots: Tensor, table: Tensor) -> Tensor:
@@ -104,7 +149,9 @@ class BackboneHost:
         parallel: ParallelConfig,
         grid: ProcessGrid,
         device: torch.device,
+        speed: SpeedConfig | None = None,
     ) -> None:
+        self.speed = speed or SpeedConfig()
         self.folder, self.family, self.kind = description.folder, description.family, description.kind
         self.dtype, self.device, self.grid, self.parallel = dtype, device, grid, parallel
         if grid.shards > 1:
@@ -114,9 +161,9 @@ class BackboneHost:
         self.zero_stage = zero_stage(config)
         probe = None
         if self.family in FAMILIES:
-            zero_init = _zero_init(config, grid, DTYPES[dtype], self.trained) if self.zero_stage == 3 else None
+            init = zero_init(config, grid, DTYPES[dtype], self.trained) if self.zero_stage == 3 else None
             model, self.load_report = load_divided(
-                self.folder, self.kind, dtype, grid, device, zero_init, trainable=self.trained
+                self.folder, self.kind, dtype, grid, device, init, trainable=self.trained
             )
         else:
             model, self.load_report, probe = load_whole(self.folder, self.kind, dtype, device)
@@ -130,6 +177,8 @@ class BackboneHost:
             _group_gradients(self.module)
         elif not self.trained:
             keep_no_inputs(self.module)
+        if self.packs and self.speed.cut_last_block and self.module.reading is not None:
+            cut_last_block(model, FAMILIES[self.family], self.module.reading)
         roll_call.mark("handing the backbone to DeepSpeed")
         self.engine = self.start_engine(config)
         self.output = OutputEmbedding(
@@ -139,6 +188,7 @@ class BackboneHost:
             self._check_probe(*probe)
         rows = agree(rows_checksum(self.folder) if grid.replica == grid.shard == 0 else None)
         self.fingerprint = Fingerprint(rows, probe_scores(self), dtype)
+        self.contexts: ContextCache | None = None
 
     def deepspeed_config(self, largest_share: int) -> dict[str, Any]:
         return frozen_backbone_config(self.parallel, self.dtype, largest_share, pinned=self.device.type == "cuda")
@@ -149,9 +199,60 @@ class BackboneHost:
     def start_engine(self, config: dict[str, Any]) -> Any:
         return start_engine(self.module, config, self.grid)
 
-    def features(self, slots: Tensor, attention_mask: Tensor | None, answer_positions: Tensor, table: Tensor) -> Tensor:
-        """Features [B, D] that score the answers; differentiable in ``table`` [R, D] (fp32) only."""
-        return self.engine.module(slots, attention_mask, answer_positions, table)
+    @property
+    def packs(self) -> bool:
+        """Whether a saving asks for packed batches, which are read at the answers alone, and the family takes them."""
+        speed = self.speed
+        wanted = speed.packing or speed.share_leading_tokens or speed.cut_last_block or speed.context_cache
+        return wanted and speed.answers_only and self.module.reading is not None
+
+    def lay_out(self, slots: list[list[int]], answers: list[int], groups: list[int], pad_id: int) -> Inputs:
+        """Examples as this host reads them: packed where a saving asks for it and the family is known.
+
+        :param answers: each example's answer position. :param groups: as in :func:`pack`.
+        """
+        masked, speed = self.kind == "masked", self.speed
+        if not self.packs:
+            return pad(slots, answers, pad_id, masked, self.device)
+        return pack(
+            slots,
+            answers,
+            groups,
+            masked=masked,
+            device=self.device,
+            contexts=None if self.contexts is None else self.contexts.lengths(slots),
+            share_leads=speed.share_leading_tokens and not masked,
+            pad_id=None if speed.packing else pad_id,
+        )
+
+    def features(self, inputs: Inputs, table: Tensor, everywhere: bool = False) -> Tensor:
+        """Features [B, D] that score the answers, or of a padded batch those of all positions [B, T, D];
+        differentiable in ``table`` [R, D] (fp32) only."""
+        kept = None
+        if isinstance(inputs, Packed) and inputs.contexts is not None and self.contexts is not None:
+            kept = self.contexts.gather(inputs.contexts)
+        return self.engine.module(inputs, table, kept, everywhere)
+
+    def keep_contexts(self, slots: list[list[int]], groups: list[int], folder: Path | None) -> None:
+        """Compute what precedes the first pseudo token of examples that will be read many times, and keep it.
+
+        Collective. :param groups: as in :func:`pack`. :param folder: where files may be kept for a resumed run.
+        """
+        if self.trained or self.kind == "masked" or not (self.packs and self.speed.context_cache):
+            return
+        if self.contexts is None:
+            shard = f"{self.fingerprint.digest}-{self.dtype}-{self.grid.shard}of{self.grid.shards}"
+            files = None if folder is None else folder / shard
+            one = pack([[0]], [0], [0], masked=False, device=self.device)
+            size = self._keys_and_values(one).nbytes
+            self.contexts = ContextCache(self._keys_and_values, size, self.device, self.grid, self.speed, files)
+        self.contexts.keep(worth_keeping(slots, groups))
+
+    @torch.no_grad()
+    def _keys_and_values(self, packed: Packed) -> Tensor:
+        """Of every token of a packed batch [L, 2, heads, N, head width]."""
+        table = torch.zeros(0, self.width, device=self.device)
+        return self.engine.module(packed, table, record=True)
 
     def output_rows(self, ids: Tensor | None = None) -> OutputRows:
         """This rank's rows of the output embedding for the candidates ``ids``; of the whole vocabulary for None."""
@@ -163,7 +264,7 @@ class BackboneHost:
         ids = ids.to(self.device)
         last = torch.tensor([ids.shape[1] - 1], device=self.device)
         table = torch.zeros(0, self.width, device=self.device)
-        features = self.features(ids, None, last, table)
+        features = self.features(Padded(ids, None, last), table)
         rows = self.output_rows()
         unsupported = f"unsupported architecture {self.family!r}: its answer scores are not features times output "
         if not torch.isfinite(expected).all():
@@ -186,7 +287,7 @@ def probe_scores(host: BackboneHost) -> tuple[float, ...]:
     ids = probe_ids(host.vocabulary_size).to(host.device)
     places = torch.linspace(0, host.vocabulary_size - 1, min(PROBE_SCORES, host.vocabulary_size)).long().unique()
     last = torch.tensor([ids.shape[1] - 1], device=host.device)
-    features = host.features(ids, None, last, torch.zeros(0, host.width, device=host.device))
+    features = host.features(Padded(ids, None, last), torch.zeros(0, host.width, device=host.device))
     rows = host.output_rows(places)
     scores = features.new_zeros(len(places), dtype=torch.float32)
     mine = (features.float() @ rows.weight.float().T)[0]
@@ -235,59 +336,3 @@ def _recomputed(forward: Any) -> Any:
         return checkpoint(block, hidden_states, use_reentrant=True, preserve_rng_state=False)
 
     return run
-
-
-def _zero_init(config: dict[str, Any], grid: ProcessGrid, dtype: torch.dtype, trained: bool) -> Any:
-    """What turns a parameter into ZeRO 3's, one at a time."""
-    import deepspeed
-
-    init = deepspeed.zero.Init(
-        config_dict_or_path=config, data_parallel_group=grid.data_group, dtype=dtype, mpu=_mpu(grid)
-    )
-    if trained:
-        init._enable_mem_efficient_linear()  # torch's linear would hold on to the gathered weight until backward
-    return init
-
-
-def _mpu(grid: ProcessGrid) -> ProcessGrid | None:
-    return grid if grid.shards > 1 else None
-
-
-def start_engine(module: nn.Module, config: dict[str, Any], grid: ProcessGrid, optimizer: Any = None) -> Any:
-    """DeepSpeed around a loaded module; with torch's ``optimizer`` over its parameters it trains them."""
-    import deepspeed
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    # Every rank has read its part of the same files. Sending them again would take time and, on CPU, copy every page of
-    # the weights that the ranks of a host share through the memory map.
-    broadcast = DeepSpeedEngine._broadcast_model
-    DeepSpeedEngine._broadcast_model = lambda engine: None
-    _forget_releases_with_their_trace()
-    try:
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=_mpu(grid))
-    finally:
-        DeepSpeedEngine._broadcast_model = broadcast
-    return engine
-
-
-def _forget_releases_with_their_trace() -> None:
-    """Let ZeRO 3 decide anew which weights to keep when it learns another order of modules.
-
-    DeepSpeed 0.19.8 remembers the decision beyond that order. What it sees first here is a forward without a backward
-    (the probe, an evaluation), in which nothing is needed again: every later step would fetch all weights twice.
-    """
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
-
-    clear, decide = Coordinator._clear_trace_structures, Coordinator._PartitionedParameterCoordinator__params_to_release
-    # The cache stands inside a wrapper of DeepSpeed's that does not show it.
-    cells = [cell.cell_contents for cell in decide.__closure__ or ()]
-    cached = next((inner for inner in cells if hasattr(inner, "cache_clear")), None)
-    if cached is None or getattr(clear, "forgets_releases", False):
-        return
-
-    def clear_all(coordinator: Any) -> None:
-        clear(coordinator)
-        cached.cache_clear()
-
-    clear_all.forgets_releases = True  # type: ignore[attr-defined]
-    Coordinator._clear_trace_structures = clear_all

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from megaptune.backbone.description import BackboneDescription
-from megaptune.backbone.host import BackboneHost, PromptedBackbone, start_engine
+from megaptune.backbone.engine import start_engine
+from megaptune.backbone.host import BackboneHost, PromptedBackbone
+from megaptune.backbone.inputs import Inputs
 from megaptune.backbone.output_rows import OutputRows
 from megaptune.backbone.tensor_parallel import UPCAST_ROWS, divided_softmax, look_up, sum_gradients
 from megaptune.backbone.tuned_weights import TunedWeights
 from megaptune.backbone.zero_config import tuned_backbone_config
-from megaptune.config import ParallelConfig, TrainConfig
+from megaptune.config import ParallelConfig, SpeedConfig, TrainConfig
 from megaptune.errors import BackboneError
 from megaptune.run.grid import ProcessGrid
 from megaptune.schedule import adam_or_sgd
@@ -33,10 +35,11 @@ class TunedBackbone(PromptedBackbone):
 
     def forward(
         self,
-        slots: Tensor,
-        attention_mask: Tensor | None,
-        answer_positions: Tensor,
+        inputs: Inputs,
         table: Tensor,
+        kept: Tensor | None = None,
+        everywhere: bool = False,
+        record: bool = False,
         labels: Tensor | None = None,
         rows: OutputRows | None = None,
     ) -> Any:
@@ -46,9 +49,9 @@ class TunedBackbone(PromptedBackbone):
         made from ``replicas`` times the loss.
         """
         if labels is None or rows is None:
-            return super().forward(slots, attention_mask, answer_positions, table)
+            return super().forward(inputs, table, None, everywhere)
         table = _ScaleGradient.apply(table, self.spread)
-        return self.answers(super().forward(slots, attention_mask, answer_positions, table), labels, rows)
+        return self.answers(super().forward(inputs, table), labels, rows)
 
     def embed(self, slots: Tensor, table: Tensor) -> Tensor:
         return self.embedding(slots, table)
@@ -160,11 +163,12 @@ class TunedHost(BackboneHost):
         grid: ProcessGrid,
         device: torch.device,
         train: TrainConfig,
+        speed: SpeedConfig | None = None,
     ) -> None:
         """:raises BackboneError: when tensor-parallel ranks would hold the same key-value head."""
         self.train = train
         _refuse_shared_heads(description, grid)
-        super().__init__(description, dtype, parallel, grid, device)
+        super().__init__(description, dtype, parallel, grid, device, speed)
         answers = self.module.answers
         assert isinstance(answers, AnswerLosses)
         answers.unused = self.output.unused_penalty()
@@ -189,17 +193,9 @@ class TunedHost(BackboneHost):
         )
         return start_engine(self.module, config, self.grid, optimizer)
 
-    def losses(
-        self,
-        slots: Tensor,
-        attention_mask: Tensor | None,
-        answer_positions: Tensor,
-        table: Tensor,
-        labels: Tensor,
-        rows: OutputRows,
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, inputs: Inputs, table: Tensor, labels: Tensor, rows: OutputRows) -> tuple[Tensor, Tensor]:
         """Losses [B] fp32 and ranks [B], for ``weights.backward``; labels [B] are places among the candidates."""
-        return self.engine(slots, attention_mask, answer_positions, table, labels, rows)
+        return self.engine(inputs, table, labels=labels, rows=rows)
 
 
 def _refuse_shared_heads(description: BackboneDescription, grid: ProcessGrid) -> None:

@@ -14,6 +14,7 @@ from runs import losses, result
 from tiny import write_config
 
 from megaptune.backbone.convert.command import Options, convert
+from megaptune.backbone.inputs import Padded
 from megaptune.run.topology import disconnect
 from megaptune.scoring import Scorer
 
@@ -24,7 +25,7 @@ def _scores(folder: Path, ids: torch.Tensor, stage: int) -> tuple[torch.Tensor, 
     """Loss of each token of the vocabulary as the answer after ``ids`` [T], and the predictions."""
     host = open_host(folder, tensor_parallel=2, zero_stage=stage)
     places = torch.full((ROWS,), len(ids) - 1)
-    features = host.features(ids.expand(ROWS, -1), None, places, torch.zeros(0, host.width))
+    features = host.features(Padded(ids.expand(ROWS, -1), None, places), torch.zeros(0, host.width))
     loss, _, prediction = Scorer(host, None)(features, torch.arange(ROWS))
     disconnect()
     return loss.detach(), prediction

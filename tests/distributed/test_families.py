@@ -8,6 +8,7 @@ from hosting import open_host
 from ranks import RankFailed, run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from megaptune.backbone.inputs import Padded
 from megaptune.run.topology import disconnect
 
 pytestmark = pytest.mark.dist
@@ -53,7 +54,7 @@ def _scores(folder: Path, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
     mask = torch.ones_like(slots) if host.kind == "masked" else None
     rows = host.output_rows()
     with torch.no_grad():
-        features = host.features(slots, mask, places, torch.zeros(0, host.width))
+        features = host.features(Padded(slots, mask, places), torch.zeros(0, host.width))
         ours = features @ rows.weight.T + (0 if rows.bias is None else rows.bias)
         auto = AutoModelForCausalLM if host.kind == "causal" else AutoModelForMaskedLM
         plain = auto.from_pretrained(folder).eval()(input_ids=slots).logits[torch.arange(2), places]

@@ -7,6 +7,7 @@ import torch
 from hosting import open_host
 from ranks import run_ranks
 
+from megaptune.backbone.inputs import Padded
 from megaptune.run.topology import disconnect
 
 pytestmark = pytest.mark.dist
@@ -30,7 +31,7 @@ def _one_step(folder: Path, stage: int) -> tuple[bool, torch.Tensor]:
     table = torch.randn(3, host.width, generator=torch.Generator().manual_seed(0)).requires_grad_()
     slots = torch.tensor([[-1, 5, -2, -3], [-1, 9, -2, -3]])
     mask = torch.ones_like(slots) if host.kind == "masked" else None
-    features = host.features(slots, mask, torch.tensor([3, 2]), table)
+    features = host.features(Padded(slots, mask, torch.tensor([3, 2])), table)
     features[:, 0].sum().backward()  # not all of them: a final LayerNorm's outputs add up to a constant
     touched = any(parameter.grad is not None for parameter in host.module.parameters())
     changed = touched or not torch.equal(before, host.output_rows().weight)

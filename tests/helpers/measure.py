@@ -10,6 +10,7 @@ import torch
 from hosting import open_host
 from torch import Tensor
 
+from megaptune.backbone.inputs import Padded
 from megaptune.planning.layout import Layout
 from megaptune.run.exact_sum import sum_exactly
 from megaptune.run.topology import disconnect
@@ -155,7 +156,7 @@ def measure_step(folder: Path, layout: Layout) -> dict[str, float]:
             traffic.clear()
             table = torch.randn(ROWS, host.width).requires_grad_()
             with counted_saved(host.module) as saved:
-                features = host.features(slots, mask, torch.full((EXAMPLES,), 5), table)
+                features = host.features(Padded(slots, mask, torch.full((EXAMPLES,), 5)), table)
             loss, _, _ = scorer(features, torch.arange(EXAMPLES))
             loss.sum().backward()
             forward_backward = traffic.sent_bytes()

@@ -35,7 +35,7 @@ def save_model(family: str, folder: Path, **sizes: Any) -> Path:
     """A random model whose weights, biases and norms included, are far enough from nothing to tell layouts apart."""
     config = AutoConfig.for_model(family, **{**_COMMON, **_IDS, **SIZES.get(family, {}), **sizes})
     torch.manual_seed(0)
-    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if family in ("bert", "roberta") else AutoModelForCausalLM
     model = auto.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

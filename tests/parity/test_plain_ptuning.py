@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from megaptune.batches import EpochPlan, collate, micro_batches
+from megaptune.batches import EpochPlan, Member, collate, micro_batches
 from megaptune.config import PromptConfig, TrainConfig, load_config
 from megaptune.prompts.encoder import build_encoder
 
@@ -205,9 +205,9 @@ def _features(folder, examples, pad_id):
     table = torch.randn(ROWS, host.width, generator=torch.Generator().manual_seed(1))
 
     def features(members):
-        batch = collate(members, pad_id, host.kind == "masked", host.device, members[0])
+        batch = collate([Member(example) for example in members], host, pad_id, Member(members[0]))
         with torch.no_grad():
-            return host.features(batch.slots, batch.attention_mask, batch.answer_positions, table)
+            return host.features(batch.inputs, table)
 
     together = features(examples)
     alone = torch.cat([features([example]) for example in examples])

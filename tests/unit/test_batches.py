@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megaptune.batches import EpochPlan, collate, micro_batches, rounds
+from megaptune.batches import EpochPlan, Member, micro_batches, rounds
 from megaptune.examples import Example
 from megaptune.tasks.records import Record
 
@@ -88,6 +88,18 @@ def test_pieces_depend_on_what_is_in_the_batch_not_on_its_order():
     assert micro_batches(LENGTHS, [0, 5, 9, 3], 2) == micro_batches(LENGTHS, [9, 3, 5, 0], 2) == [[3, 0], [5, 9]]
 
 
+def test_pieces_hold_no_more_tokens_than_asked_for():
+    pieces = micro_batches(LENGTHS, range(12), 4, tokens=20)
+    assert sorted(index for piece in pieces for index in piece) == list(range(12))
+    shapes = [(max(LENGTHS[index] for index in piece), len(piece)) for piece in pieces]
+    assert shapes == [(11, 1), (9, 2), (8, 2), (6, 3), (5, 4)]
+    assert micro_batches(LENGTHS, [1, 2], 4, tokens=1) == [[1], [2]]  # longer than that, but it must be somewhere
+
+
+def test_pieces_in_the_order_of_the_batch():
+    assert micro_batches(LENGTHS, [2, 1, 0], 2, by_length=False) == [[2, 1], [0]]
+
+
 # -- ranks -----------------------------------------------------------------------------------------------------------
 
 
@@ -113,27 +125,8 @@ def test_stand_in_pieces_come_last():
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
 
-SHORT = Example([7, -1], 1, 40, RECORD)
-LONG = Example([7, -1, 8, -2], 2, 41, RECORD)
 
-
-def test_collate_pads_on_the_right_and_keeps_positions():
-    batch = collate([SHORT, LONG], 99, masked=False, device=CPU, stand_in=SHORT)
-    assert batch.slots.tolist() == [[7, -1, 99, 99], [7, -1, 8, -2]]
-    assert batch.slots.dtype == torch.int64
-    assert batch.answer_positions.tolist() == [1, 2]
-    assert batch.answers.tolist() == [40, 41]
-    assert batch.weights.tolist() == [1.0, 1.0]
-    assert batch.num_tokens == 8
-
-
-def test_masked_model_is_told_what_is_padding_and_a_causal_one_needs_no_mask():
-    masked = collate([SHORT, LONG], 99, masked=True, device=CPU, stand_in=SHORT)
-    assert masked.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-    assert collate([SHORT, LONG], 99, masked=False, device=CPU, stand_in=SHORT).attention_mask is None
-
-
-def test_empty_piece_becomes_a_stand_in_that_does_not_count():
-    batch = collate([], 99, masked=True, device=CPU, stand_in=LONG)
-    assert batch.slots.tolist() == [LONG.slots]
-    assert batch.weights.tolist() == [0.0]
+def test_a_jobs_rows_begin_where_the_table_has_them():
+    example = Example([7, -1, 8, -2], 2, 41, RECORD)
+    assert Member(example, first_row=6, job=2).slots == [7, -7, 8, -8]
+    assert Member(example).slots == example.slots

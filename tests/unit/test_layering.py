@@ -24,7 +24,9 @@ backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
 backbone.embedded       backbone.zero_config
 run.preflight
 kernels                 backbone.frozen_linear  backbone.fingerprint  backbone.tensor_parallel
-backbone.loading        backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights  backbone.host
+backbone.loading        backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
+backbone.inputs         backbone.packed_attention  backbone.context_files  backbone.context_cache  backbone.engine
+backbone.host
 backbone.weight_pieces  backbone.tuned_weights  backbone.tuned_host
 run.checkpoint          run.directory
 tasks                   tasks.records  tasks.lama  tasks.custom  tasks.text_forms
