@@ -12,14 +12,13 @@ long; nothing else ever is). ``[sep]`` is the tokenizer's separator.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from megaptune.errors import DataError
+from megaptune.patterns import Kind
 from megaptune.prompts.shortening import shorten
 from megaptune.prompts.tokens import TokenForms
 from megaptune.tasks.text_forms import TEXT_FORMS
-
-Kind = Literal["causal", "masked"]
 
 
 class HasFields(Protocol):
@@ -110,6 +109,16 @@ class EncodedChoice:
     slots: list[int]
     positions: list[int]
     targets: list[int]
+
+    def steps(self, kind: Kind) -> list[tuple[list[int], int, int]]:
+        """The same as inputs that are read at one position each: (slots, position, target) of every token.
+
+        A causal model's stop at the position, so that the inputs of all choices begin alike.
+        """
+        return [
+            (self.slots[: position + 1] if kind == "causal" else self.slots, position, target)
+            for position, target in zip(self.positions, self.targets, strict=True)
+        ]
 
 
 class Template:

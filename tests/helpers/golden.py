@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
 
 from tiny import tiny_tokenizer  # noqa: E402
 

@@ -155,6 +155,18 @@ def test_all_choices_see_the_same_text_and_the_longest_fits(tokenizers: Tokenize
     assert all(kept + " P1" in spelled(forms, choice.slots) for choice in choices)
 
 
+def test_choices_as_inputs_that_are_read_once(gpt2: TokenForms, bert: TokenForms):
+    (causal,) = Template("{question} [answer]", "causal").encode_choices(RECORD, ["old city"], gpt2)
+    assert [
+        (spelled(gpt2, slots), place, spelled(gpt2, [target])) for slots, place, target in causal.steps("causal")
+    ] == [
+        ("The Ġriver Ġis Ġold .", 4, "Ġold"),
+        ("The Ġriver Ġis Ġold . Ġold", 5, "Ġcity"),
+    ]
+    (masked,) = Template("{question} [answer]", "masked").encode_choices(RECORD, ["old city"], bert)
+    assert [(len(slots), place) for slots, place, _ in masked.steps("masked")] == [(9, 6), (9, 7)]
+
+
 def test_an_answer_longer_than_the_context_is_told(gpt2: TokenForms):
     template = Template("{passage:shorten} [answer]", "causal")
     with pytest.raises(
