@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -195,7 +195,8 @@ def options_table(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
         for section in inner:
             tag = section.model_fields.get("type")
             only = f" ({get_args(tag.annotation)[0]})" if tag else ""
-            for key, kind, default, text in options_table(section, f"{prefix}{name}."):
+            named = f"{name}.<name>" if get_origin(field.annotation) is dict else name
+            for key, kind, default, text in options_table(section, f"{prefix}{named}."):
                 yield key, kind, default, text + only
 
 

@@ -146,7 +146,7 @@ def _encode(
 ) -> list[Example]:
     examples = []
     for record in records:
-        prompt = template.encode(record, forms)
+        prompt = template.encode(record, forms, max_tokens=max_tokens if template.shortens else None)
         if len(prompt.slots) > max_tokens:
             raise DataError(
                 f"{record.source}: the prompt is {len(prompt.slots)} tokens long, the backbone's context holds "

@@ -63,5 +63,12 @@ class TokenForms:
         return int(self.tokenizer.mask_token_id)
 
     @property
+    def separator_id(self) -> int:
+        """:raises BackboneError: when the tokenizer has no separator token."""
+        if self.tokenizer.sep_token_id is None:
+            raise BackboneError("the template has a [sep], but this backbone's tokenizer has no separator token")
+        return int(self.tokenizer.sep_token_id)
+
+    @property
     def unknown_id(self) -> int | None:
         return self.tokenizer.unk_token_id

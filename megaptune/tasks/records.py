@@ -3,15 +3,16 @@
 import csv
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from megaptune.errors import DataError
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,23 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: expected a file ending in {' or '.join(readers)}")
+    yield from _told(path, reader)
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a .jsonl file as they are, nested values included, each with its ``file:line``.
+
+    :raises DataError: as :func:`read_rows`.
+    """
+    if path.suffix.lower() != ".jsonl":
+        raise DataError(f"{path}: expected a file ending in .jsonl")
+    for source, row in _told(path, _json_objects):
+        _require_text(json.dumps(row, ensure_ascii=False), source)
+        yield source, row
+
+
+def _told(path: Path, reader: Callable[[Path], Iterator[T]]) -> Iterator[T]:
+    """What ``reader`` finds in ``path``; a file that cannot be read is told as such."""
     if not path.is_file():
         raise DataError(f"data file not found: {path}")
     try:
@@ -73,7 +91,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def _json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             source = f"{path}:{number}"
@@ -87,13 +105,20 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 raise DataError(f"{source}: not JSON that can be read: {type(error).__name__}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{source}: expected a JSON object, found {type(row).__name__}")
-            try:
-                "".join(map(str, row.values())).encode()
-            except UnicodeEncodeError:
-                raise DataError(
-                    f"{source}: half a surrogate pair (an unfinished \\u escape), which is no text"
-                ) from None
-            yield source, _texts(row)
+            yield source, row
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    for source, row in _json_objects(path):
+        _require_text("".join(map(str, row.values())), source)
+        yield source, _texts(row)
+
+
+def _require_text(text: str, source: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{source}: half a surrogate pair (an unfinished \\u escape), which is no text") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:

@@ -59,7 +59,7 @@ def save_tiny(kind: str, folder: Path) -> Path:
     """Save config.json, model.safetensors and a fast tokenizer in ``folder``; the same bytes of weights every time."""
     from transformers.utils import logging
 
-    tokenizer = _tokenizer(kind)
+    tokenizer = tiny_tokenizer(kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(KINDS.index(kind))
         model = _model(kind, tokenizer)
@@ -132,30 +132,31 @@ def write_config(folder: Path, kind: str = "llama", **sections: Any) -> Path:
 # -- tokenizers ------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(kind: str) -> Any:
+def tiny_tokenizer(kind: str, words: list[str] = WORDS) -> Any:
+    """The tokenizer of a tiny backbone, or one like it that knows other ``words``."""
     from transformers import PreTrainedTokenizerFast
 
     if kind == "bert":
         specials = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-        trained = _wordpiece(list(specials.values()))
+        trained = _wordpiece(list(specials.values()), words)
         trained.post_processor = _around(trained, "[CLS] $A [SEP]", "[CLS]", "[SEP]")
     elif kind == "roberta":
         specials = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
-        trained = _byte_level(list(specials.values()))
+        trained = _byte_level(list(specials.values()), words)
         specials.update(cls="<s>", sep="</s>")
         trained.post_processor = _around(trained, "<s> $A </s>", "<s>", "</s>")
     elif kind == "llama":
         specials = {"bos": "<s>", "eos": "</s>"}
-        trained = _byte_level(list(specials.values()))
+        trained = _byte_level(list(specials.values()), words)
         trained.post_processor = _around(trained, "<s> $A", "<s>")
     else:
         specials = {"unk": "<|endoftext|>", "bos": "<|endoftext|>", "eos": "<|endoftext|>"}
-        trained = _byte_level(["<|endoftext|>"])
+        trained = _byte_level(["<|endoftext|>"], words)
     named = {f"{role}_token": token for role, token in specials.items()}
     return PreTrainedTokenizerFast(tokenizer_object=trained, model_max_length=MAX_TOKENS, **named)
 
 
-def _byte_level(specials: list[str]) -> Tokenizer:
+def _byte_level(specials: list[str], words: list[str]) -> Tokenizer:
     """GPT-2's kind: every byte is a token, a space belongs to the word after it (``ĠParis``)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -164,14 +165,14 @@ def _byte_level(specials: list[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=5000, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([form for word in WORDS for form in (word, f" {word}")], trainer)
+    tokenizer.train_from_iterator([form for word in words for form in (word, f" {word}")], trainer)
     return tokenizer
 
 
-def _wordpiece(specials: list[str]) -> Tokenizer:
+def _wordpiece(specials: list[str], words: list[str]) -> Tokenizer:
     """BERT's kind, cased: a word's later pieces start with ``##``. Written out: its trainer's ids differ run by run."""
     letters = string.ascii_letters
-    pieces = [*specials, *letters, *(f"##{letter}" for letter in letters), *WORDS]
+    pieces = [*specials, *letters, *(f"##{letter}" for letter in letters), *words]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)

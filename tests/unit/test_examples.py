@@ -111,6 +111,13 @@ def test_prompt_longer_than_the_context_is_told_with_both_lengths(gpt2: TokenFor
     assert message.startswith("facts.jsonl:2: the prompt is 13 tokens long, the backbone's context holds 12")
 
 
+def test_shortenable_field_is_cut_to_the_context(gpt2: TokenForms):
+    long = records((" ".join(["Paris"] * 20), "France"))
+    task = prepare(data(train=long), gpt2, max_tokens=12, prompt={"template": "[P*2] {city:shorten} [P] [answer]"})
+    assert task.tuned is not None
+    assert len(task.tuned.train[0].slots) == 12
+
+
 def test_prompt_as_long_as_the_context_is_taken(gpt2: TokenForms):
     long = records((" ".join(["Paris"] * 10), "France"))
     task = prepare(data(train=long), gpt2, max_tokens=13)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megaptune"
 LAYERS = """
 __init__
 errors
-config_files            methods  config  schedule
+config_files            patterns  methods  config  schedule
 run                     run.files  run.roll_call  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
 backbone.description
@@ -29,9 +29,12 @@ backbone.inputs         backbone.packed_attention  backbone.compiled  backbone.c
 backbone.engine         backbone.host
 backbone.weight_pieces  backbone.tuned_weights  backbone.tuned_host
 run.checkpoint          run.directory
-tasks                   tasks.records  tasks.lama  tasks.custom
-prompts                 prompts.tokens  prompts.template  prompts.verbalizer  prompts.encoder  prompts.grouped
-prompts.encoder_stack   prompts.bank
+tasks                   tasks.records  tasks.lama  tasks.custom  tasks.text_forms
+tasks.superglue         tasks.superglue.records  tasks.superglue.spans  tasks.superglue.antecedents
+tasks.superglue.readers  tasks.superglue.loading  tasks.superglue.metrics  tasks.superglue.submission
+prompts                 prompts.tokens  prompts.shortening  prompts.template  prompts.verbalizer
+prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack  prompts.bank
+pattern_examples
 examples                batches  scoring  evaluation  jobs  training_report  training_state
 trainer                 preparation
 planning                planning.layout  planning.activations  planning.workload  planning.memory
