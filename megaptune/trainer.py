@@ -11,6 +11,7 @@ B examples, R table rows, D backbone width.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ class Trainer:
         self.waiting = [Training.begin(job, self.config) for job in jobs]
         self.active: list[Training] = []
         self.diverged: dict[str, str] = {}
+        self.contexts_folder = folder.with_name("contexts")
         self.step = 0
         self.at_once = min(len(jobs), self.config.jobs.at_once or len(jobs))
         rows = [training.prompt.rows for training in self.waiting]
@@ -99,6 +101,7 @@ class Trainer:
         """
         self.host.weights.begin()
         self.resume()
+        self.keep_contexts()
         self.report.begin(self.active, self.waiting)
         try:
             while self.active:
@@ -115,6 +118,19 @@ class Trainer:
         finally:
             self.report.end()
         self.state.clear()
+        if self.stage.topology.is_main:
+            shutil.rmtree(self.contexts_folder, ignore_errors=True)
+
+    def keep_contexts(self) -> None:
+        """Compute what precedes the prompts of all jobs once, for all epochs."""
+        pairs = [
+            (example.slots, training.job.number)
+            for training in (*self.active, *self.waiting)
+            for example in (*training.job.encoded.train, *training.job.encoded.dev)
+        ]
+        self.host.keep_contexts([slots for slots, _ in pairs], [job for _, job in pairs], self.contexts_folder)
+        if self.host.contexts is not None and self.host.contexts.problem:
+            self.stage.monitor.warn(f"contexts are kept in memory alone: {self.host.contexts.problem}")
 
     def resume(self) -> None:
         """Continue from the newest whole checkpoint, if there is one."""

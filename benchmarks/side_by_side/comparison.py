@@ -143,7 +143,7 @@ def check_parity(ways: Sequence[Way], members: list[Example]) -> dict[str, tuple
     :raises SystemExit: above the tolerance.
     """
     reference = _reference(ways)
-    table, found = reference.prompt.vectors(), {}
+    table, found = reference.table().detach(), {}
     for alike in _by_candidates(ways).values():
         reference.candidates = alike[0].candidates
         loss, gradient = reference.gradient(members, table)
@@ -165,12 +165,11 @@ def check_losses(ways: Sequence[Way], members: list[Example], batch: int) -> dic
     reference, found = _reference(ways), {}
     for alike in _by_candidates(ways).values():
         reference.candidates = alike[0].candidates
-        plain = reference.evaluate(members, batch)
+        table = reference.table().detach()
+        plain = reference.evaluate(members, batch, table)
         for way in alike:
             way.prepare(members)
-            own, way.prompt = way.prompt, reference.prompt
-            found[way.name] = _relative(way.evaluate(members, batch), plain)
-            way.prompt = own
+            found[way.name] = _relative(way.evaluate(members, batch, table), plain)
             _require(way.name, losses=found[way.name])
     reference.candidates = None
     return found

@@ -20,9 +20,11 @@ from megaptune.batches import Member, collate, micro_batches
 from megaptune.config import ParallelConfig, PromptConfig, SpeedConfig, TrainConfig
 from megaptune.evaluation import evaluate
 from megaptune.examples import Example
-from megaptune.prompts.soft_prompt import SoftPrompt
+from megaptune.prompts.bank import Prompt, PromptBank
+from megaptune.prompts.encoder import build_encoder
 from megaptune.run.exact_sum import sum_exactly
 from megaptune.run.grid import ProcessGrid
+from megaptune.run.topology import read_environment
 from megaptune.scoring import Scorer
 
 TRAIN = TrainConfig(learning_rate=3e-4, schedule="constant")
@@ -124,16 +126,27 @@ class OnATable(Unprepared):
     name: str
 
     def __init__(self, rows: int, width: int) -> None:
-        self.prompt = SoftPrompt(rows, width, PromptConfig(), TRAIN, 100, 0, torch.device("cpu"))
+        self.encoder = build_encoder("lstm", rows, width, 0.0, 0)
+        self.optimizer = torch.optim.Adam(self.encoder.parameters(), lr=TRAIN.learning_rate)
+
+    def table(self) -> Tensor:
+        """The rows [R, D] to train with."""
+        return self.encoder()
+
+    def apply(self, table: Tensor, gradient: Tensor) -> None:
+        """One optimizer step from d loss / d ``table``."""
+        self.optimizer.zero_grad()
+        table.backward(gradient)
+        self.optimizer.step()
 
     def gradient(self, members: Sequence[Example], table: Tensor) -> tuple[float, Tensor]:
         """Mean loss and its gradient with respect to ``table`` [R, D]."""
         raise AssertionError("each way has its own")
 
     def step(self, members: Sequence[Example]) -> None:
-        table = self.prompt.table()
+        table = self.table()
         _, gradient = self.gradient(members, table.detach())
-        self.prompt.apply(table, gradient)
+        self.apply(table, gradient)
 
 
 class Released(OnATable):
@@ -157,8 +170,8 @@ class Released(OnATable):
         return float(loss.detach()), leaf.grad
 
     @torch.no_grad()
-    def evaluate(self, members: Sequence[Example], batch: int) -> Tensor:
-        table = self.prompt.vectors()
+    def evaluate(self, members: Sequence[Example], batch: int, table: Tensor | None = None) -> Tensor:
+        table = self.table() if table is None else table
         parts = [members[start : start + batch] for start in range(0, len(members), batch)]
         return torch.cat([self._losses(part, table) for part in parts])
 
@@ -192,8 +205,16 @@ class Megaptune(OnATable):
         self, name: str, host: BackboneHost, rows: int, pad_id: int, micro_batch: int, candidates: Tensor | None
     ) -> None:
         super().__init__(rows, host.width)
+        self.bank = PromptBank(host.width, PromptConfig(), TRAIN, {rows: 1}, host.device, read_environment({}), False)
+        self.bank.add(Prompt("prompt", rows, 0, TRAIN.learning_rate, 100))
         self.name, self.host, self.pad_id, self.micro_batch = name, host, pad_id, micro_batch
         self.candidates, self.scorer = candidates, Scorer(host, candidates)
+
+    def table(self) -> Tensor:
+        return self.bank.table()
+
+    def apply(self, table: Tensor, gradient: Tensor) -> None:
+        self.bank.step(gradient)
 
     def prepare(self, members: Sequence[Example]) -> None:
         self.host.contexts = None
@@ -213,10 +234,12 @@ class Megaptune(OnATable):
         gradient, sums = sum_exactly(gradients, len(gradients), total, True, 0.0)
         return float(sums[0]) / len(members), gradient
 
-    def evaluate(self, members: Sequence[Example], batch: int) -> Tensor:
+    @torch.no_grad()
+    def evaluate(self, members: Sequence[Example], batch: int, table: Tensor | None = None) -> Tensor:
+        table = self.bank.vectors() if table is None else table
         chosen = [Member(member) for member in members]
         scorers = {"vocabulary": self.scorer}
-        return evaluate(self.host, chosen, self.prompt.vectors(), scorers, batch, self.pad_id)["vocabulary"].loss  # type: ignore[arg-type]
+        return evaluate(self.host, chosen, table, scorers, batch, self.pad_id)["vocabulary"].loss  # type: ignore[arg-type]
 
     def weights(self) -> dict[str, list[Tensor]]:
         return {"blocks": _block_matrices(self.host.module.body), "head": [self.scorer.rows.weight]}

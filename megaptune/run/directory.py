@@ -8,6 +8,7 @@ backbone.json      what identifies the frozen model
 metrics.jsonl      one line per step and evaluation; TensorBoard (tb/) shows the same figures
 results.json|.md   the table
 checkpoints/       of the prompts that train together, until they have their results
+contexts/          keys and values that a resumed run need not compute again; gone when training ends
 jobs/TASK/METHOD/  result.json, predictions.jsonl, prompt/ (the trained prompt); checkpoints/ while a LM is tuned
 """
 
