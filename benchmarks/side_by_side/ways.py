@@ -208,7 +208,7 @@ class Megaptune(OnATable):
         self.bank = PromptBank(host.width, PromptConfig(), TRAIN, {rows: 1}, host.device, read_environment({}), False)
         self.bank.add(Prompt("prompt", rows, 0, TRAIN.learning_rate, 100))
         self.name, self.host, self.pad_id, self.micro_batch = name, host, pad_id, micro_batch
-        self.candidates, self.scorer = candidates, Scorer(host, candidates)
+        self.candidates, self.scorer = candidates, Scorer(host, [candidates])
 
     def table(self) -> Tensor:
         return self.bank.table()

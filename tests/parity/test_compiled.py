@@ -43,7 +43,7 @@ def _figures(folder, parallel, compiles):
     host = open_host(folder, topology=topology, speed=SpeedConfig(compile_blocks=compiles), **parallel)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    scorer = Scorer(host, None)
+    scorer = Scorer(host, [None])
     graphs = []
     for text_first in (False, True) if host.kind == "causal" else (False,):
         for count in (6, 9, 12):
