@@ -67,12 +67,25 @@ def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines
     }
     if work.tuned:
         device |= _tuning(shapes, tensors, work, layout)
+    on_device, on_host = _contexts(shapes, work, layout, machines)
+    device["kept contexts"] = on_device
     device["fixed overhead"] = PROCESS_BYTES if machines.device == "cpu" else CUDA_OVERHEAD_BYTES
     host = _offloaded(shapes, layout, tensors)
     if machines.device == "cpu":
         return Memory({**device, **host}, {}, peak)
+    host["kept contexts"] = on_host
     best = owned(work, layout) * 4 * encoder_elements(work.encoder, work.prompt_rows, shapes.width)
     return Memory(device, {**host, "best prompt": best, "process": PROCESS_BYTES}, peak)
+
+
+def _contexts(shapes: Shapes, work: Workload, layout: Layout, machines: Machines) -> tuple[int, int]:
+    """Kept keys and values on the device and in host memory; beside them, on the device, a micro-batch's together."""
+    token = shapes.context_token_bytes(layout.tensor_parallel)
+    total, batch = work.context_tokens * token, max(work.micro_batch, work.evaluation_batch) * work.longest_context
+    if machines.device == "cpu":
+        return min(total, work.host_contexts) + batch * token, 0
+    on_device = min(total, work.device_contexts)
+    return on_device + batch * token, min(total - on_device, work.host_contexts)
 
 
 def _weights(

@@ -1,7 +1,7 @@
 """What decides a run's memory and traffic besides the layout: the backbone's shapes, and the sizes of a step."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megaptune.backbone.architectures import FAMILIES, shard_plan
+from megaptune.backbone.context_cache import worth_keeping
 from megaptune.backbone.description import Kind, read_config
 from megaptune.backbone.loading import build_on_meta
 from megaptune.config import Config, Reading
@@ -29,7 +30,8 @@ class Workload:
     """A step's sizes. tokens: the longest training input; candidates: rows of each reading's set, None for all of the
     vocabulary; basis: where lengths and counts are from, for the reader. jobs: prompts that
     train together, whose ``global_batch`` is that of all of them; sharded: whether ranks own them in turn, None for
-    several ranks and jobs."""
+    several ranks and jobs. context_tokens, longest_context: of what precedes the prompts of training and dev inputs,
+    whose keys and values are kept in at most device_contexts + host_contexts bytes."""
 
     global_batch: int
     micro_batch: int
@@ -45,6 +47,10 @@ class Workload:
     basis: str
     jobs: int = 1
     sharded: bool | None = None
+    context_tokens: int = 0
+    longest_context: int = 0
+    device_contexts: int = 0
+    host_contexts: int = 0
 
     @property
     def pieces(self) -> int:
@@ -82,8 +88,24 @@ class Workload:
                 if ids is not None:
                     counts[reading] = max(counts.get(reading) or 0, len(ids))
         rows = max(task.template.num_pseudo_tokens for task in tasks)
-        return cls._of(
+        found = cls._of(
             run.config, rows, max(train or other), max(other), counts, "the data's longest inputs", len(run.tasks)
+        )
+        speed = run.config.speed
+        if found.tuned or run.backbone.kind == "masked" or not speed.context_cache:
+            return found
+        contexts: set[tuple[int, ...]] = set()
+        for number, prepared in enumerate(run.tasks):
+            for task in prepared.swept.values():
+                slots = [example.slots for example in (*task.train, *task.dev)]
+                contexts.update(worth_keeping(slots, [number] * len(slots)))
+        lengths = [len(context) for context in contexts]
+        return replace(
+            found,
+            context_tokens=sum(lengths),
+            longest_context=max(lengths, default=0),
+            device_contexts=int(speed.context_device_gib * 2**30),
+            host_contexts=int(speed.context_host_gib * 2**30),
         )
 
     @classmethod
@@ -157,6 +179,15 @@ class Shapes:
             elements = torch.Size(plan[name].shape(shape) if name in plan else shape).numel()
             found.append(Tensor(name, elements, parameter.itemsize))
         return tuple(found)
+
+    def context_token_bytes(self, shards: int) -> int:
+        """Keys and values of one token on a rank; 0 for a family whose contexts are not kept."""
+        if self.family not in FAMILIES:
+            return 0
+        heads = self.config.num_attention_heads
+        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
+        head_width = getattr(self.config, "head_dim", None) or self.width // heads
+        return 2 * self.blocks * max(1, kv_heads // shards) * head_width * self.itemsize
 
     def output_rows_bytes(self, shards: int) -> int:
         """Of a rank's part of the output embedding."""

@@ -296,3 +296,18 @@ def test_sizes_are_written():
         "1.50 GiB",
         "200 GiB",
     ]
+
+
+# -- kept contexts ---------------------------------------------------------------------------------------------------
+
+
+def test_kept_contexts_are_counted_up_to_their_budget(small):
+    """Two tensors x 4 blocks x 4 heads x 32 numbers of 4 bytes a token; and a micro-batch's of them side by side."""
+    assert [small.context_token_bytes(size) for size in (1, 2)] == [4096, 2048]
+    work = replace(WORK, context_tokens=1000, longest_context=50, device_contexts=2**20, host_contexts=2**30)
+    side_by_side = work.evaluation_batch * 50 * 4096
+    on_cpu = memory_of(small, work, Layout(), Machines(1, 1, 2**34, device="cpu"))
+    assert on_cpu.device["kept contexts"] == 1000 * 4096 + side_by_side
+    on_gpu = memory_of(small, work, Layout(), FOUR_NODES)
+    assert on_gpu.device["kept contexts"] == 2**20 + side_by_side
+    assert on_gpu.host["kept contexts"] == 1000 * 4096 - 2**20
