@@ -166,9 +166,8 @@ def test_template_without_an_answer(config_file: ConfigFile):
 
 def test_template_with_lamas_placeholders(config_file: ConfigFile):
     message = refusal(config_file(prompt={"manual": "[X] is in [answer]"}), DATA)
-    assert (
-        "'[X]' is no tag; write [P] or [P*3] for pseudo tokens, [answer] for the answer, {name} for a field" in message
-    )
+    assert "'[X]' is no tag; write [P] or [P*3] for pseudo tokens, [answer] for the answer" in message
+    assert "{name} for a field" in message
 
 
 def test_template_with_a_field_that_the_task_lacks(config_file: ConfigFile, facts: dict[str, Path]):
