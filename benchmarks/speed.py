@@ -121,7 +121,7 @@ def main(words: list[str] | None = None) -> list[Row]:
     parser.add_argument("--facts", type=Path, help="JSON lines of subject and answer instead of LAMA and BoolQ")
     parser.add_argument("--save", type=Path, help="the folder for CSV files and the plot")
     arguments = parser.parse_args(words)
-    console = Console(width=150)
+    console = Console(width=170)
     folder = arguments.backbone or embedded_folder(console.print)
     root = os.environ.get("MEGAPTUNE_DATA")
     data = Data(Path(root) if root else None, arguments.facts, load_tokenizer(folder))

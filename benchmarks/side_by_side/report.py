@@ -50,7 +50,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
         head = chosen[0]
         table = Table(title=f"{scenario}: {head.data}, {head.examples} examples, {head.rounds} rounds")
         for name in COLUMNS:
-            table.add_column(name, justify="left" if name == "way" else "right")
+            table.add_column(
+                name, justify="left" if name == "way" else "right", no_wrap=name in ("way", "x PEFT", "x released")
+            )
         for row in chosen:
             work = row.blocks_gflop + row.attention_gflop + row.head_gflop
             table.add_row(
