@@ -191,14 +191,14 @@ def test_a_rank_0_that_hangs_as_a_whole_is_noticed(start, monkeypatch):
 
 def test_patience_ends_with_the_first_step(start, monkeypatch):
     """Later a rank may be slow: only the way to the first step is watched."""
-    plain, slept = trainer.Trainer.end_epoch, []
+    plain, slept = trainer.Trainer.end_epochs, []
 
     def rest(*arguments: object) -> None:
         if not slept:
             slept.append(time.sleep(4))
         plain(*arguments)
 
-    on_rank_1(monkeypatch, trainer.Trainer, "end_epoch", rest)
+    on_rank_1(monkeypatch, trainer.Trainer, "end_epochs", rest)
     left = start(2, [0, 1], "launch.first_step_timeout_s=1.5")
     assert [rank.code for rank in left.values()] == [0, 0], left
 
