@@ -118,8 +118,7 @@ class Trainer:
         finally:
             self.report.end()
         self.state.clear()
-        if self.stage.topology.is_main:
-            shutil.rmtree(self.contexts_folder, ignore_errors=True)
+        shutil.rmtree(self.contexts_folder, ignore_errors=True)  # every rank: hosts may have folders of their own
 
     def keep_contexts(self) -> None:
         """Compute what precedes the prompts of all jobs once, for all epochs."""
@@ -243,13 +242,14 @@ class Trainer:
     def finite(self, rows: Callable[[], Tensor]) -> Tensor:
         """The bank's rows [R, D]; jobs whose rows are not finite leave it."""
         table = rows()
-        broken = [t for t in self.active if not torch.isfinite(table[t.prompt.span]).all()]
+        finite = torch.isfinite(table).all(dim=1).cpu()
+        broken = [training for training in self.active if not finite[training.prompt.span].all()]
         for training in broken:
             self.give_up(training, f"the prompt after step {training.step} is not finite")
         return rows() if broken else table
 
     def broken(self, gradient: Tensor, sums: StepSums) -> list[Training]:
-        finite = torch.isfinite(gradient).all(dim=1)
+        finite = torch.isfinite(gradient).all(dim=1).cpu()  # one wait for the device, not one a job
         return [
             training
             for training, loss in zip(self.active, sums.loss, strict=True)
