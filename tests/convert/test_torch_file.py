@@ -68,21 +68,26 @@ def test_settings_and_states_come_through(tmp_path, legacy):
 
 
 def test_enums_of_a_package_that_is_not_there(tmp_path, monkeypatch):
-    kind = enum.Enum("ModelType", {"encoder": 1}, module="megatron")
+    """Releases of Python 3.11 pickle a member by its value or by its name."""
+
+    class ByValue(enum.Enum):
+        encoder = 1
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return type(self), (self.value,)
 
     class ByName(enum.Enum):
-        """As some releases of Python 3.11 pickle it."""
-
         causal = 2
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             return getattr, (type(self), self.name)
 
-    ByName.__module__, ByName.__qualname__ = "megatron", "ByName"
     module = types.ModuleType("megatron")
-    module.ModelType, module.ByName = kind, ByName
+    for kind in (ByValue, ByName):
+        kind.__module__, kind.__qualname__ = "megatron", kind.__name__
+        setattr(module, kind.__name__, kind)
     monkeypatch.setitem(sys.modules, "megatron", module)
-    torch.save({"args": argparse.Namespace(kind=kind.encoder, mask=ByName.causal)}, tmp_path / "file.pt")
+    torch.save({"args": argparse.Namespace(kind=ByValue.encoder, mask=ByName.causal)}, tmp_path / "file.pt")
     monkeypatch.delitem(sys.modules, "megatron")
     args = load(tmp_path / "file.pt")["args"]
     assert (args.kind.arguments, args.mask.arguments) == ((1,), ("causal",))
