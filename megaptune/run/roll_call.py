@@ -51,6 +51,7 @@ class RollCall:
         self.stage = self.exchanges = 0
         self.on_failure: Callable[[str], None] = lambda reason: None
         self._closed = threading.Event()
+        self._watching: threading.Thread | None = None
 
     @property
     def group_store(self) -> PrefixStore:
@@ -64,11 +65,17 @@ class RollCall:
         # A connection of its own: the main thread may sit in a blocking request of the other.
         store: Any = self.store  # torch's stubs lack clone
         watcher = _Watcher(self, store.clone(), timeout_s)
-        threading.Thread(target=watcher.run, name="roll call", daemon=True).start()
+        self._watching = threading.Thread(target=watcher.run, name="roll call", daemon=True)
+        self._watching.start()
 
     def close(self) -> None:
-        """End the watch: the run is over, well or not."""
+        """End the watch: the run is over, well or not.
+
+        A thread that comes back from a request of the store while the interpreter ends would abort the process.
+        """
         self._closed.set()
+        if self._watching not in (None, threading.current_thread()):
+            self._watching.join(_GRACE_S)
 
 
 class _Watcher:

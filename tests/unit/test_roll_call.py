@@ -2,6 +2,8 @@
 
 import os
 import socket
+import threading
+import time
 
 import pytest
 
@@ -89,3 +91,26 @@ def test_without_ranks_to_wait_for_marks_do_nothing(monkeypatch: pytest.MonkeyPa
     roll_call.mark("training")
     roll_call.arrive()
     roll_call.close()
+
+
+def test_the_end_of_the_watch_waits_for_a_request_that_is_under_way():
+    """A thread inside torch's store when the interpreter ends takes the process with it (SIGABRT)."""
+    asked, answered = threading.Event(), threading.Event()
+
+    class SlowStore:
+        def clone(self):
+            return self
+
+        def set(self, key, value):
+            asked.set()
+            time.sleep(0.3)
+            answered.set()
+
+        def check(self, keys):
+            return False
+
+    call = roll_call.RollCall(SlowStore(), rank=1, world_size=2, hosts=["n1", "n2"])
+    call.watch(timeout_s=30)
+    assert asked.wait(10)
+    call.close()
+    assert answered.is_set()
