@@ -19,11 +19,13 @@ from megaptune.examples import Example
 
 
 class Member(NamedTuple):
-    """An example as one job's: ``first_row`` is where the job's rows begin in the table, ``job`` its number there."""
+    """An example as one job's: ``first_row`` is where the job's rows begin in the table, ``job`` its number there;
+    ``virtual_tokens``: of the job's deep prompt, 0 for none."""
 
     example: Example
     first_row: int = 0
     job: int = 0
+    virtual_tokens: int = 0
 
     @property
     def slots(self) -> list[int]:
@@ -95,12 +97,13 @@ def rounds(pieces: list[list[int]], rank: int, world_size: int) -> list[list[int
 
 
 def collate(members: Sequence[Member], host: BackboneHost, pad_id: int, stand_in: Member) -> Batch:
-    """The members as tensors; without any, a batch of the stand-in that counts nothing."""
+    """The members, with deep prompts or all without, as tensors; for none a batch of the stand-in, which counts nothing."""
     present = list(members) or [stand_in]
     answers = [member.example.answer_position for member in present]
+    slots, jobs, rows = ([getattr(m, name) for m in present] for name in ("slots", "job", "first_row"))
     return Batch(
-        host.lay_out([member.slots for member in present], answers, [member.job for member in present], pad_id),
+        host.lay_out(slots, answers, jobs, pad_id, rows, present[0].virtual_tokens),
         torch.tensor([member.example.answer for member in present], device=host.device),
-        torch.tensor([member.job for member in present], device=host.device),
+        torch.tensor(jobs, device=host.device),
         torch.full((len(present),), 1.0 if members else 0.0, device=host.device),
     )

@@ -15,6 +15,8 @@ from megaptune.errors import ConfigError
 from megaptune.methods import METHODS, MethodName
 
 Reading = Literal["answers", "word_list", "vocabulary"]
+EncoderName = Literal["lstm", "mlp", "table", "prefix"]
+"""Of ``prompts.encoder``; ``prefix`` is that of deep prompts with an MLP."""
 
 
 class Section(BaseModel):
@@ -74,6 +76,24 @@ class CustomTask(TaskConfig):
     subject: str | None = Field(None, description="the field searched for copied answers; default: all other fields")
 
 
+class DeepConfig(Section):
+    """Deep prompts: virtual tokens in front of every input, whose keys and values are trained in every layer."""
+
+    length: int = Field(20, ge=1, description="virtual tokens; they count towards the backbone's context")
+    encoder: Literal["table", "mlp"] = Field(
+        "table", description="table: keys and values themselves (P-tuning v2); mlp: made by one (prefix tuning)"
+    )
+    hidden_size: int = Field(512, ge=1, description="of the mlp between its two layers")
+    input: Literal["bare", "manual"] = Field(
+        "bare", description="what follows the prompt: prompt.template without pseudo tokens, or the manual prompt"
+    )
+
+    @property
+    def kind(self) -> EncoderName:
+        """Among all encoders."""
+        return "prefix" if self.encoder == "mlp" else "table"
+
+
 class PromptConfig(Section):
     template: str = Field(
         "[P*3] {subject} [P*3] [answer] [P*3]",
@@ -82,6 +102,7 @@ class PromptConfig(Section):
     manual: str | None = Field(None, description="the manual prompt; default for LAMA: the relation's own template")
     encoder: Literal["lstm", "mlp", "table"] = Field("lstm", description="lstm: the paper's; table: plain vectors")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout between the encoder's LSTM layers")
+    deep: DeepConfig = DeepConfig()
 
 
 class ScoringConfig(Section):
@@ -240,7 +261,8 @@ class Config(Section):
         ["manual", "ptuning"],
         min_length=1,
         description="manual: zero-shot with the manual prompt; ptuning: a prompt trained against the frozen LM; "
-        "finetune: the LM tuned on the template without pseudo tokens; manual+finetune, ptuning+finetune: LM tuned too",
+        "finetune: the LM tuned on the template without pseudo tokens; manual+finetune, ptuning+finetune: LM tuned "
+        "too; deep_ptuning: keys and values trained for every layer, against the frozen LM",
     )
     prompt: PromptConfig = PromptConfig()
     scoring: ScoringConfig = ScoringConfig()
@@ -269,10 +291,12 @@ class Config(Section):
             missing = [f"task.{split}" for split in ("train", "dev") if getattr(self.task, split) is None]
             if training and missing:
                 problems.append(f"method {training} needs {' and '.join(missing)}")
-            manual = next((name for name in self.methods if METHODS[name].prompt == "manual"), None)
+            manual = next((name for name in self.methods if self.reads_manual(name)), None)
             if manual and self.prompt.manual is None:
                 problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
         problems += self._layout_problems()
+        if self.deep and not self.speed.answers_only:
+            problems.append("method deep_ptuning reads packed batches, at the answers alone: set speed.answers_only")
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
             "methods": list(self.methods),
@@ -305,6 +329,21 @@ class Config(Section):
         return any(METHODS[name].tunes_lm for name in self.methods)
 
     @property
+    def deep(self) -> bool:
+        """Whether a method trains deep prompts."""
+        return any(METHODS[name].deep for name in self.methods)
+
+    def reads_manual(self, method: MethodName) -> bool:
+        """Whether a method's input is the manual prompt."""
+        return METHODS[method].prompt == "manual" or (METHODS[method].deep and self.prompt.deep.input == "manual")
+
+    def encoder(self, method: MethodName) -> EncoderName:
+        """What makes a method's prompts."""
+        if METHODS[method].deep:
+            return self.prompt.deep.kind
+        return self.prompt.encoder
+
+    @property
     def learning_rates(self) -> list[float]:
         """Of prompts: the sweep, or the one rate."""
         return self.jobs.learning_rates or [self.train.learning_rate]
@@ -316,8 +355,10 @@ class Config(Section):
 
     def jobs_at_once(self, tasks: int) -> int:
         """How many prompts of so many tasks share a step; methods that tune the LM train one job at a time."""
-        frozen = sum(METHODS[name].trains and not METHODS[name].tunes_lm for name in self.methods)
-        count = frozen * tasks * len(self.run.seeds) * len(self.learning_rates) * len(self.templates)
+        frozen = [METHODS[name] for name in self.methods if METHODS[name].trains and not METHODS[name].tunes_lm]
+        deep = sum(method.deep for method in frozen)  # these train together, after the others
+        count = max((len(frozen) - deep) * len(self.templates), deep)
+        count *= tasks * len(self.run.seeds) * len(self.learning_rates)
         return max(1, min(count, self.jobs.at_once or count))
 
     def identity(self) -> dict[str, Any]:

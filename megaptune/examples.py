@@ -44,8 +44,8 @@ class PreparedTask:
     """Records whose answers are single tokens, encoded for each method, and each reading's candidate ids [C].
 
     manual, tuned (the P-tuning template) and bare (the same without pseudo tokens) are None where no method wants
-    them; swept holds every P-tuning template, of which tuned is the first; candidates are None for the whole
-    vocabulary.
+    them; swept holds every P-tuning template, of which tuned is the first; deep is what follows a deep prompt;
+    candidates are None for the whole vocabulary.
     """
 
     data: TaskData
@@ -54,11 +54,13 @@ class PreparedTask:
     tuned: EncodedTask | None
     bare: EncodedTask | None = None
     swept: dict[str, EncodedTask] = field(default_factory=dict)
+    deep: EncodedTask | None = None
 
     def encoded(self, method: Method, template: str | None = None) -> EncodedTask:
         """What ``method`` reads; ``template`` is one of a sweep."""
         tuned = self.tuned if template is None else self.swept.get(template, self.tuned)
         found = {"manual": self.manual, "template": tuned, "bare": self.bare}[method.prompt]
+        found = self.deep if method.deep else found
         assert found is not None, "a method that the configuration names"
         return found
 
@@ -110,7 +112,7 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
     limited = {split: sample(members, limits[split], task.limit_seed) for split, members in data.splits.items()}
     data = replace(data, splits=limited)
 
-    def encode(text: str, splits: tuple[Split, ...]) -> EncodedTask:
+    def encode(text: str, splits: tuple[Split, ...], max_tokens: int = max_tokens) -> EncodedTask:
         template = Template(text, kind)
         return EncodedTask(
             template,
@@ -120,8 +122,8 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
             },
         )
 
-    prompts = {method.prompt for method in methods}
-    manual = tuned = bare = None
+    prompts = {method.prompt for method in methods if not method.deep}
+    manual = tuned = bare = deep = None
     swept: dict[str, EncodedTask] = {}
     if "manual" in prompts:
         text = config.prompt.manual or data.manual_template
@@ -138,7 +140,14 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         tuned = swept[config.templates[0]]
     if "bare" in prompts:
         bare = encode(without_pseudo_tokens(config.prompt.template), SPLITS)
-    return PreparedTask(data, _candidates(answers, data.word_list, verbalizer, forms), manual, tuned, bare, swept)
+    if config.deep:
+        given = config.prompt.manual or data.manual_template if config.prompt.deep.input == "manual" else None
+        text = without_pseudo_tokens(config.prompt.template) if given is None else given
+        deep = encode(text, SPLITS, max_tokens - config.prompt.deep.length)
+        if deep.template.num_pseudo_tokens:
+            raise DataError(f"the manual prompt {text!r} has pseudo tokens; only a P-tuning template may")
+    candidates = _candidates(answers, data.word_list, verbalizer, forms)
+    return PreparedTask(data, candidates, manual, tuned, bare, swept, deep)
 
 
 def _encode(

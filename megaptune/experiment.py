@@ -25,7 +25,7 @@ from megaptune.evaluation import Outcome
 from megaptune.examples import Example, baselines
 from megaptune.jobs import Job, Training, Variant
 from megaptune.kernels import dispatch
-from megaptune.methods import METHODS, MethodName
+from megaptune.methods import METHODS, Method, MethodName
 from megaptune.preparation import PreparedRun
 from megaptune.results.lm_folder import write_tuned_lm
 from megaptune.results.prompt_folder import write_prompt
@@ -88,9 +88,9 @@ class Experiment:
         self.banner()
         for task in self.prepared.tasks:
             self.monitor.say(task.summary(self.host.vocabulary_size))
-        for tuned in (False, True):
-            methods = [name for name in METHODS if name in self.config.methods and METHODS[name].tunes_lm == tuned]
-            jobs = self.jobs(methods)
+        for tuned, deep in ((False, False), (False, True), (True, False)):
+            wanted = [name for name in METHODS if name in self.config.methods]
+            jobs = self.jobs([n for n in wanted if (METHODS[n].tunes_lm, METHODS[n].deep) == (tuned, deep)])
             done = set(agree([job.number for job in jobs if job.has_result]))
             pending = [job for job in jobs if job.number not in done]
             self.say_done(jobs, pending)
@@ -102,7 +102,7 @@ class Experiment:
                 for job in pending:
                     self.train([job], self.stage([job]), job.folder / "checkpoints")
             else:
-                self.run_frozen(pending, self.stage(jobs))
+                self.run_frozen(pending, self.stage(jobs), "deep-checkpoints" if deep else "checkpoints")
         return ResultsTable.read(self.directory.path, self.config)
 
     def jobs(self, methods: list[MethodName]) -> list[Job]:
@@ -111,16 +111,17 @@ class Experiment:
         for task in self.prepared.tasks:
             for name in methods:
                 method = METHODS[name]
-                for variant in self.variants() if method.trains_prompt else [Variant(0.0, "")]:
+                for variant in self.variants(method) if method.trains_prompt else [Variant(0.0, "")]:
                     encoded = task.encoded(method, variant.template)
                     for seed in self.config.run.seeds if method.trains else [None]:
                         folder = self.directory.job(task.data.name, name, seed, variant.suffix)
                         found.append(Job(len(found), name, task, encoded, seed, variant, folder))
         return found
 
-    def variants(self) -> list[Variant]:
-        """The sweep over learning rates and templates; without one, the one variant there is."""
-        rates, templates = self.config.learning_rates, self.config.templates
+    def variants(self, method: Method) -> list[Variant]:
+        """The sweep over learning rates and templates; without one, the one variant there is. Deep prompts have no
+        pseudo tokens to place, so no sweep over templates."""
+        rates, templates = self.config.learning_rates, self.config.templates[: 1 if method.deep else None]
         return [
             Variant(
                 rate,
@@ -162,7 +163,7 @@ class Experiment:
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
-    def run_frozen(self, jobs: list[Job], stage: Stage) -> None:
+    def run_frozen(self, jobs: list[Job], stage: Stage, checkpoints: str) -> None:
         """Manual prompts, and the bank of trained ones."""
         zero_shot = [job for job in jobs if job.seed is None]
         training = [job for job in jobs if job.seed is not None]
@@ -172,7 +173,7 @@ class Experiment:
             members = [Member(example, 0, job.number) for example in job.encoded.test]
             self.finish(job, stage.evaluate(members, nothing, self.config.scoring.evaluate_over), {})
         if training:
-            self.train(training, stage, self.directory.path / "checkpoints")
+            self.train(training, stage, self.directory.path / checkpoints)
         else:
             roll_call.mark("training")  # no step will come
 
@@ -182,8 +183,7 @@ class Experiment:
         def finish(trainings: list[Training], table: torch.Tensor) -> None:
             members, first_row = [], 0
             for training in trainings:
-                job = training.job
-                members += [Member(example, first_row, job.number) for example in job.encoded.test]
+                members += training.members(training.job.encoded.test, first_row)
                 first_row += training.prompt.rows
             outcomes = stage.evaluate(members, table, self.config.scoring.evaluate_over)
             first = first_row = 0
@@ -206,12 +206,15 @@ class Experiment:
             about = {
                 "template": job.encoded.template.text,
                 "kind": self.host.kind,
-                "encoder": self.config.prompt.encoder,
+                "encoder": self.config.encoder(job.method_name),
                 "seed": job.seed,
                 "learning_rate": job.variant.learning_rate,
                 "backbone": self.host.fingerprint.as_dict(),
                 "lm_tuned": job.method.tunes_lm,  # then the vectors belong to the tuned weights, not the backbone's
             }
+            if trainer.deep is not None:
+                vectors = trainer.deep.keys_and_values(vectors, training.virtual_tokens)
+                about["deep"] = {"virtual_tokens": training.virtual_tokens, **asdict(trainer.deep)}
             write_prompt(job.folder / "prompt", vectors, training.prompt.best, about)
         if bank.sharded:
             agree(None)  # the prompt is written before the result
@@ -251,7 +254,7 @@ class Experiment:
         train = self.config.train
         rate = extra.get("learning_rate", train.learning_rate)
         rates = {"learning_rate": rate, "lm_learning_rate": train.lm_learning_rate}
-        trained = {"encoder": self.config.prompt.encoder, **rates}
+        trained = {"encoder": self.config.encoder(job.method_name), **rates}
         self.monitor.hyperparameters(job.name, {**settings, **trained}, {r: v["p_at_1"] for r, v in figures.items()})
         self.monitor.flush()
         write_json(

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megaptune.backbone.architectures import FAMILIES
 from megaptune.backbone.description import BackboneDescription, describe_backbone, load_tokenizer
 from megaptune.backbone.embedded import embedded_folder, is_embedded
 from megaptune.config import Config, LamaTask
+from megaptune.errors import BackboneError
 from megaptune.examples import PreparedTask, prepare_task
 from megaptune.prompts.tokens import TokenForms
 from megaptune.run.monitor import Monitor
@@ -37,6 +39,11 @@ def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
     tasks = load_tasks(config)
     folder = embedded_folder(monitor.say) if is_embedded(path) else Path(path)
     backbone = describe_backbone(folder, config.backbone.kind)
+    if config.deep and backbone.family not in FAMILIES:
+        raise BackboneError(
+            f"{folder}: deep_ptuning puts keys and values into the attention of {', '.join(FAMILIES)}; the backbone is "
+            f"{backbone.family!r}: leave the method out, or choose another backbone"
+        )
     tokenizer = load_tokenizer(folder)
     return PreparedRun(config, backbone, tokenizer, encode_tasks(config, tasks, tokenizer, backbone))
 

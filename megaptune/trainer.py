@@ -66,7 +66,8 @@ class StepSums:
 
 
 class Trainer:
-    """Trains jobs, ``jobs.at_once`` of them together; one that is done makes room for the next.
+    """Trains jobs, ``jobs.at_once`` of them together; one that is done makes room for the next. Deep prompts have a
+    trainer of their own: rows of their table have another width.
 
     :param folder: of the checkpoints.
     :param finish: hears of jobs that are done, with a table of their best prompts, in which they stand one after the
@@ -77,7 +78,8 @@ class Trainer:
         self, stage: Stage, jobs: list[Job], folder: Path, finish: Callable[[list[Training], Tensor], None]
     ) -> None:
         self.stage, self.config, self.host, self.finish = stage, stage.config, stage.host, finish
-        self.waiting = [Training.begin(job, self.config) for job in jobs]
+        self.deep = self.host.deep if jobs[0].method.deep else None
+        self.waiting = [Training.begin(job, self.config, self.deep) for job in jobs]
         self.active: list[Training] = []
         self.diverged: dict[str, str] = {}
         self.contexts_folder = folder.with_name("contexts")
@@ -88,7 +90,9 @@ class Trainer:
         ranks, wanted = stage.topology.world_size, self.config.jobs.shard_encoders
         sharded = ranks > 1 and not self.host.trained and (wanted is True or (wanted == "auto" and self.at_once > 1))
         config, device = self.config, self.host.device
-        self.bank = PromptBank(self.host.width, config.prompt, config.train, capacity, device, stage.topology, sharded)
+        width = self.host.width if self.deep is None else self.deep.width
+        encoder = config.encoder(jobs[0].method_name)
+        self.bank = PromptBank(width, config.prompt, config.train, capacity, device, stage.topology, sharded, encoder)
         self.state = TrainingState(stage.topology, self.host, self.bank, folder, config, stage.monitor)
         self.report = TrainingReport(config, stage.monitor, self.host.device)
 
@@ -121,7 +125,9 @@ class Trainer:
         shutil.rmtree(self.contexts_folder, ignore_errors=True)  # every rank: hosts may have folders of their own
 
     def keep_contexts(self) -> None:
-        """Compute what precedes the prompts of all jobs once, for all epochs."""
+        """Compute what precedes the prompts of all jobs once, for all epochs; nothing precedes a deep one."""
+        if self.deep is not None:
+            return
         pairs = [
             (example.slots, training.job.number)
             for training in (*self.active, *self.waiting)

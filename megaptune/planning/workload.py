@@ -4,16 +4,17 @@ import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megaptune.backbone.architectures import FAMILIES, shard_plan
 from megaptune.backbone.context_cache import worth_keeping
+from megaptune.backbone.deep_prompts import DeepPrompts
 from megaptune.backbone.description import Kind, read_config
 from megaptune.backbone.loading import build_on_meta
-from megaptune.config import Config, Reading
+from megaptune.config import Config, DeepConfig, Reading
 from megaptune.methods import METHODS
 from megaptune.planning.activations import Activations, trace
 from megaptune.preparation import PreparedRun
@@ -31,7 +32,8 @@ class Workload:
     vocabulary; basis: where lengths and counts are from, for the reader. jobs: prompts that
     train together, whose ``global_batch`` is that of all of them; sharded: whether ranks own them in turn, None for
     several ranks and jobs. context_tokens, longest_context: of what precedes the prompts of training and dev inputs,
-    whose keys and values are kept in at most device_contexts + host_contexts bytes."""
+    whose keys and values are kept in at most device_contexts + host_contexts bytes. deep: of deep prompts, if some are
+    trained."""
 
     global_batch: int
     micro_batch: int
@@ -51,6 +53,7 @@ class Workload:
     longest_context: int = 0
     device_contexts: int = 0
     host_contexts: int = 0
+    deep: DeepConfig | None = None
 
     @property
     def pieces(self) -> int:
@@ -77,7 +80,7 @@ class Workload:
         tasks = [
             task
             for prepared in run.tasks
-            for task in (*prepared.swept.values(), prepared.manual, prepared.bare)
+            for task in (*prepared.swept.values(), prepared.manual, prepared.bare, prepared.deep)
             if task is not None
         ]
         train = [len(example.slots) for task in tasks for example in task.train]
@@ -119,7 +122,7 @@ class Workload:
         basis: str,
         tasks: int,
     ) -> "Workload":
-        train = config.train
+        train, methods = config.train, [METHODS[name] for name in config.methods]
         jobs = config.jobs_at_once(tasks)
         wanted = {*config.scoring.evaluate_over, config.scoring.train_over}
         return cls(
@@ -129,7 +132,8 @@ class Workload:
             evaluation_batch=config.evaluation.batch,
             evaluation_tokens=evaluated,
             prompt_rows=rows,
-            encoder=config.prompt.encoder if any(METHODS[name].trains_prompt for name in config.methods) else "none",
+            encoder=config.prompt.encoder if any(m.trains_prompt and not m.deep for m in methods) else "none",
+            deep=config.prompt.deep if config.deep else None,
             optimizer=train.optimizer,
             train_over=config.scoring.train_over,
             candidates={reading: count for reading, count in counts.items() if reading in wanted},
@@ -164,6 +168,7 @@ class Shapes:
         self.tied = self.model.get_output_embeddings().weight is embedding
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.blocks = len(self._blocks(self.model)) if self.family in FAMILIES else 0
+        self.deep = DeepPrompts.of(self.config) if self.family in FAMILIES else None
         self.buffer_bytes = sum(buffer.numel() * buffer.itemsize for buffer in self.model.buffers())
 
     @lru_cache(maxsize=64)  # noqa: B019  as long as the shapes themselves
@@ -182,12 +187,9 @@ class Shapes:
 
     def context_token_bytes(self, shards: int) -> int:
         """Keys and values of one token on a rank; 0 for a family whose contexts are not kept."""
-        if self.family not in FAMILIES:
+        if self.deep is None:
             return 0
-        heads = self.config.num_attention_heads
-        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
-        head_width = getattr(self.config, "head_dim", None) or self.width // heads
-        return 2 * self.blocks * max(1, kv_heads // shards) * head_width * self.itemsize
+        return self.deep.rows * max(1, self.deep.kv_heads // shards) * self.deep.head_width * self.itemsize
 
     def output_rows_bytes(self, shards: int) -> int:
         """Of a rank's part of the output embedding."""
@@ -256,12 +258,30 @@ def estimated_tokens(template: Template, record: Record) -> int:
     return template.num_pseudo_tokens + -(-text // 3) + (3 if template.kind == "masked" else 1)
 
 
-def encoder_elements(name: str, rows: int, width: int) -> int:
+class PromptSize(NamedTuple):
+    """Parameters of a prompt's encoder; its rows in the table and their width."""
+
+    parameters: int
+    rows: int
+    width: int
+
+
+def prompt_size(work: Workload, shapes: Shapes) -> PromptSize:
+    """Of the largest prompt."""
+    parameters = encoder_elements(work.encoder, work.prompt_rows, shapes.width)
+    sizes = [PromptSize(parameters, work.prompt_rows, shapes.width)]
+    if work.deep is not None and shapes.deep is not None:
+        rows, width = work.deep.length * shapes.deep.rows, shapes.deep.width
+        sizes.append(PromptSize(encoder_elements(work.deep.kind, rows, width, work.deep), rows, width))
+    return max(sizes)
+
+
+def encoder_elements(name: str, rows: int, width: int, deep: DeepConfig | None = None) -> int:
     """Parameters of a prompt encoder; of ``none``, no one."""
     if name == "none":
         return 0
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_encoder(name, rows, width, 0.0, 0).parameters())
+        return sum(parameter.numel() for parameter in build_encoder(name, rows, width, 0.0, 0, deep).parameters())
 
 
 def largest_module(tensors: tuple[Tensor, ...]) -> int:

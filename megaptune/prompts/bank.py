@@ -3,7 +3,7 @@
 With several ranks the bank may be sharded: every rank owns some prompts (weights, optimizer state, best epoch),
 computes their rows, and all have the table. The gradient of the table is the same on all ranks, so owners step alone.
 
-R table rows of all prompts, D backbone width.
+R table rows of all prompts, D their width: the backbone's, or of deep prompts that of a layer's keys.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megaptune.config import PromptConfig, TrainConfig
+from megaptune.config import EncoderName, PromptConfig, TrainConfig
 from megaptune.prompts.encoder_stack import MOMENTS, EncoderStack, encode, stacked_name
 from megaptune.run.topology import Topology, all_reduce_sum
 from megaptune.schedule import rate_factor
@@ -45,7 +45,9 @@ class Prompt:
 
 
 class PromptBank:
-    """:param capacity: how many prompts of each number of rows may train at once."""
+    """:param width: of the table's rows. :param capacity: how many prompts of each number of rows may train at once.
+    :param encoder: instead of the one that ``prompt`` names.
+    """
 
     def __init__(
         self,
@@ -56,7 +58,9 @@ class PromptBank:
         device: torch.device,
         topology: Topology,
         sharded: bool,
+        encoder: EncoderName | None = None,
     ) -> None:
+        self.encoder = encoder or prompt.encoder
         self.width, self.config, self.train, self.device = width, prompt, train, device
         self.topology, self.sharded = topology, sharded
         self.capacity = capacity
@@ -96,7 +100,9 @@ class PromptBank:
             capacity = self.capacity[rows]
             if self.sharded:
                 capacity = min(capacity, -(-sum(self.capacity.values()) // self.topology.world_size) + 1)
-            self.stacks[rows] = EncoderStack(rows, self.width, self.config, self.train, capacity, self.device)
+            self.stacks[rows] = EncoderStack(
+                self.encoder, rows, self.width, self.config, self.train, capacity, self.device
+            )
             self.members[rows] = []
         return self.stacks[rows]
 
@@ -164,7 +170,7 @@ class PromptBank:
                 for name, found in halves.items()
             }
             with torch.no_grad():
-                rows = encode(self.config.encoder, weights)[0]
+                rows = encode(self.encoder, weights)[0]
         return all_reduce_sum(rows) if self.sharded and prompt.rows else rows
 
     def num_parameters(self, prompt: Prompt) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megaptune.config import PromptConfig, TrainConfig
+from megaptune.config import EncoderName, PromptConfig, TrainConfig
 from megaptune.prompts.encoder import build_encoder
 from megaptune.prompts.grouped import bilstm, linear
 
@@ -46,21 +46,30 @@ def encode(
             states = bilstm(states, w_ih, w_hh, b_ih, b_hh, (into[names[0]], into[names[1]]) if into else None)
             if layer == 0 and dropped is not None:
                 states = states * dropped
-    states = torch.relu(linear(states, weights["mlp.0.weight"], weights["mlp.0.bias"], into.get("mlp.0.weight")))
-    return linear(states, weights["mlp.2.weight"], weights["mlp.2.bias"], into.get("mlp.2.weight"))
+    squash = torch.tanh if kind == "prefix" else torch.relu
+    states = squash(linear(states, weights["mlp.0.weight"], weights["mlp.0.bias"], into.get("mlp.0.weight")))
+    states = linear(states, weights["mlp.2.weight"], weights["mlp.2.bias"], into.get("mlp.2.weight"))
+    return states.unflatten(2, (-1, weights["embedding.weight"].shape[2])).flatten(1, 2)  # a prefix' are several rows
 
 
 class EncoderStack:
     """At most ``capacity`` encoders of ``rows`` rows; places 0 to ``count`` - 1 are taken."""
 
     def __init__(
-        self, rows: int, width: int, prompt: PromptConfig, train: TrainConfig, capacity: int, device: torch.device
+        self,
+        kind: EncoderName,
+        rows: int,
+        width: int,
+        prompt: PromptConfig,
+        train: TrainConfig,
+        capacity: int,
+        device: torch.device,
     ) -> None:
-        self.kind, self.rows, self.width = prompt.encoder, rows, width
+        self.kind, self.rows, self.width, self.deep = kind, rows, width, prompt.deep
         self.train, self.device, self.count = train, device, 0
         self.dropout = prompt.dropout
         with torch.device("meta"):
-            parameters = dict(build_encoder(self.kind, rows, width, 0.0, 0).named_parameters())
+            parameters = dict(build_encoder(kind, rows, width, 0.0, 0, self.deep).named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         stacked: dict[str, tuple[int, ...]] = {}
         for name, shape in self.shapes.items():
@@ -92,7 +101,7 @@ class EncoderStack:
         for stacks in self.stacks.values():
             for stack in stacks.values():
                 stack[place].zero_()
-        state = build_encoder(self.kind, self.rows, self.width, 0.0, seed).state_dict()
+        state = build_encoder(self.kind, self.rows, self.width, 0.0, seed, self.deep).state_dict()
         self.put("weight", place, state)
         return place
 
