@@ -97,7 +97,10 @@ def rounds(pieces: list[list[int]], rank: int, world_size: int) -> list[list[int
 
 
 def collate(members: Sequence[Member], host: BackboneHost, pad_id: int, stand_in: Member) -> Batch:
-    """The members, with deep prompts or all without, as tensors; for none a batch of the stand-in, which counts nothing."""
+    """The members as tensors; without any, a batch of the stand-in that counts nothing.
+
+    All of them have deep prompts, or none has.
+    """
     present = list(members) or [stand_in]
     answers = [member.example.answer_position for member in present]
     slots, jobs, rows = ([getattr(m, name) for m in present] for name in ("slots", "job", "first_row"))

@@ -15,8 +15,8 @@ from megaptune.errors import ConfigError
 from megaptune.methods import METHODS, MethodName
 
 Reading = Literal["answers", "word_list", "vocabulary"]
-EncoderName = Literal["lstm", "mlp", "table", "prefix"]
-"""Of ``prompts.encoder``; ``prefix`` is that of deep prompts with an MLP."""
+EncoderName = Literal["lstm", "mlp", "table", "deep_table", "deep_mlp"]
+"""Of ``prompts.encoder``."""
 
 
 class Section(BaseModel):
@@ -84,6 +84,9 @@ class DeepConfig(Section):
         "table", description="table: keys and values themselves (P-tuning v2); mlp: made by one (prefix tuning)"
     )
     hidden_size: int = Field(512, ge=1, description="of the mlp between its two layers")
+    init_std: float = Field(
+        0.02, gt=0, description="of the table's keys and values at the start; the released P-tuning v2 has 1"
+    )
     input: Literal["bare", "manual"] = Field(
         "bare", description="what follows the prompt: prompt.template without pseudo tokens, or the manual prompt"
     )
@@ -91,7 +94,7 @@ class DeepConfig(Section):
     @property
     def kind(self) -> EncoderName:
         """Among all encoders."""
-        return "prefix" if self.encoder == "mlp" else "table"
+        return "deep_mlp" if self.encoder == "mlp" else "deep_table"
 
 
 class PromptConfig(Section):

@@ -1,7 +1,7 @@
 """Prompt encoders: a handful of trained parameters become the rows of the prompt table.
 
-All are fp32 and take no input: a prompt is the same for every example. R rows, D their width: the backbone's, or that of
-a layer's keys for deep prompts.
+All are fp32 and take no input: a prompt is the same for every example. R rows, D their width: the backbone's, or that
+of a layer's keys for deep prompts.
 """
 
 import torch
@@ -45,18 +45,19 @@ class MlpEncoder(nn.Module):
 
 
 class TableEncoder(nn.Module):
-    """The rows themselves (prompt tuning, Lester et al. 2021): no reparameterisation."""
+    """The rows themselves (prompt tuning, Lester et al. 2021; deep prompts of P-tuning v2): no reparameterisation."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, width: int, std: float = 1.0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(rows, width)
+        self.embedding.weight.data *= std
 
     def forward(self) -> Tensor:
         """The table [R, D], fp32."""
         return self.embedding.weight * 1.0
 
 
-class PrefixEncoder(nn.Module):
+class DeepMlpEncoder(nn.Module):
     """Prefix tuning's (Li and Liang 2021, section 4.3): an embedding of P virtual tokens and an MLP with tanh, which
     makes the R / P rows of each, its keys and values of all layers."""
 
@@ -75,13 +76,15 @@ def build_encoder(
 ) -> nn.Module:
     """An encoder with the same weights on every rank: they depend on ``seed`` alone.
 
-    :param deep: of ``prefix``, how many virtual tokens the rows are and the MLP's hidden size.
+    :param deep: for the encoders of deep prompts: how many virtual tokens the rows are, and sizes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "lstm":
             return LstmEncoder(rows, width, dropout)
-        if name == "prefix":
-            assert deep is not None
-            return PrefixEncoder(deep.length, rows, width, deep.hidden_size)
+        if name.startswith("deep"):
+            assert deep is not None, "deep prompts have settings of their own"
+            if name == "deep_table":
+                return TableEncoder(rows, width, deep.init_std)
+            return DeepMlpEncoder(deep.length, rows, width, deep.hidden_size)
         return {"mlp": MlpEncoder, "table": TableEncoder}[name](rows, width)

@@ -37,7 +37,7 @@ def encode(
     """
     into = outs or {}
     states = weights["embedding.weight"]
-    if kind == "table":
+    if kind in ("table", "deep_table"):
         return states * 1.0
     if kind == "lstm":
         for layer in (0, 1):
@@ -46,10 +46,12 @@ def encode(
             states = bilstm(states, w_ih, w_hh, b_ih, b_hh, (into[names[0]], into[names[1]]) if into else None)
             if layer == 0 and dropped is not None:
                 states = states * dropped
-    squash = torch.tanh if kind == "prefix" else torch.relu
+    squash = torch.tanh if kind == "deep_mlp" else torch.relu
     states = squash(linear(states, weights["mlp.0.weight"], weights["mlp.0.bias"], into.get("mlp.0.weight")))
     states = linear(states, weights["mlp.2.weight"], weights["mlp.2.bias"], into.get("mlp.2.weight"))
-    return states.unflatten(2, (-1, weights["embedding.weight"].shape[2])).flatten(1, 2)  # a prefix' are several rows
+    return states.unflatten(2, (-1, weights["embedding.weight"].shape[2])).flatten(
+        1, 2
+    )  # deep_mlp: several rows a token
 
 
 class EncoderStack:
