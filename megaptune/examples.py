@@ -112,14 +112,12 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
     limited = {split: sample(members, limits[split], task.limit_seed) for split, members in data.splits.items()}
     data = replace(data, splits=limited)
 
-    def encode(text: str, splits: tuple[Split, ...], max_tokens: int = max_tokens) -> EncodedTask:
+    def encode(text: str, splits: tuple[Split, ...], virtual_tokens: int = 0) -> EncodedTask:
         template = Template(text, kind)
+        given = template, verbalizer, forms, max_tokens, virtual_tokens
         return EncodedTask(
             template,
-            **{
-                split: _encode(data.splits[split] if split in splits else [], template, verbalizer, forms, max_tokens)
-                for split in SPLITS
-            },
+            **{split: _encode(data.splits[split] if split in splits else [], *given) for split in SPLITS},
         )
 
     prompts = {method.prompt for method in methods if not method.deep}
@@ -143,7 +141,7 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
     if config.deep:
         given = config.prompt.manual or data.manual_template if config.prompt.deep.input == "manual" else None
         text = without_pseudo_tokens(config.prompt.template) if given is None else given
-        deep = encode(text, SPLITS, max_tokens - config.prompt.deep.length)
+        deep = encode(text, SPLITS, config.prompt.deep.length)
         if deep.template.num_pseudo_tokens:
             raise DataError(f"the manual prompt {text!r} has pseudo tokens; only a P-tuning template may")
     candidates = _candidates(answers, data.word_list, verbalizer, forms)
@@ -151,14 +149,20 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
 
 
 def _encode(
-    records: list[Record], template: Template, verbalizer: Verbalizer, forms: TokenForms, max_tokens: int
+    records: list[Record],
+    template: Template,
+    verbalizer: Verbalizer,
+    forms: TokenForms,
+    max_tokens: int,
+    virtual_tokens: int = 0,
 ) -> list[Example]:
-    examples = []
+    examples, left = [], max_tokens - virtual_tokens
     for record in records:
-        prompt = template.encode(record, forms, max_tokens=max_tokens if template.shortens else None)
-        if len(prompt.slots) > max_tokens:
+        prompt = template.encode(record, forms, max_tokens=left if template.shortens else None)
+        if len(prompt.slots) > left:
+            deep = f" and a deep prompt of {virtual_tokens} comes before it" if virtual_tokens else ""
             raise DataError(
-                f"{record.source}: the prompt is {len(prompt.slots)} tokens long, the backbone's context holds "
+                f"{record.source}: the prompt is {len(prompt.slots)} tokens long{deep}, the backbone's context holds "
                 f"{max_tokens}; shorten the record or the template {template.text!r}"
             )
         examples.append(Example(prompt.slots, prompt.answer_position, verbalizer.token_of[record.answer], record))
