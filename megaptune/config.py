@@ -84,8 +84,14 @@ class DeepConfig(Section):
         "table", description="table: keys and values themselves (P-tuning v2); mlp: made by one (prefix tuning)"
     )
     hidden_size: int = Field(512, ge=1, description="of the mlp between its two layers")
+    init: Literal["words", "random"] = Field(
+        "words", description="where a table starts: at the LM's own keys and values of words, or at nothing"
+    )
+    init_text: str | None = Field(
+        None, min_length=1, description="the words, as often as length asks; default: the first training inputs"
+    )
     init_std: float = Field(
-        0.02, gt=0, description="of the table's keys and values at the start; the released P-tuning v2 has 1"
+        0.02, ge=0, description="of what is drawn for a table and added; the released P-tuning v2: random, and 1"
     )
     input: Literal["bare", "manual"] = Field(
         "bare", description="what follows the prompt: prompt.template without pseudo tokens, or the manual prompt"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megaptune.config import Config, Reading
+from megaptune.config import Config, DeepConfig, Reading
 from megaptune.errors import DataError
 from megaptune.methods import METHODS, Method
 from megaptune.prompts.template import Kind, Template, without_pseudo_tokens
@@ -44,8 +44,8 @@ class PreparedTask:
     """Records whose answers are single tokens, encoded for each method, and each reading's candidate ids [C].
 
     manual, tuned (the P-tuning template) and bare (the same without pseudo tokens) are None where no method wants
-    them; swept holds every P-tuning template, of which tuned is the first; deep is what follows a deep prompt;
-    candidates are None for the whole vocabulary.
+    them; swept holds every P-tuning template, of which tuned is the first; deep is what follows a deep prompt,
+    deep_words the token ids that one starts at, if any; candidates are None for the whole vocabulary.
     """
 
     data: TaskData
@@ -55,6 +55,7 @@ class PreparedTask:
     bare: EncodedTask | None = None
     swept: dict[str, EncodedTask] = field(default_factory=dict)
     deep: EncodedTask | None = None
+    deep_words: list[int] | None = None
 
     def encoded(self, method: Method, template: str | None = None) -> EncodedTask:
         """What ``method`` reads; ``template`` is one of a sweep."""
@@ -145,7 +146,20 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         if deep.template.num_pseudo_tokens:
             raise DataError(f"the manual prompt {text!r} has pseudo tokens; only a P-tuning template may")
     candidates = _candidates(answers, data.word_list, verbalizer, forms)
-    return PreparedTask(data, candidates, manual, tuned, bare, swept, deep)
+    words = None if deep is None else _deep_words(config.prompt.deep, deep.train, forms)
+    return PreparedTask(data, candidates, manual, tuned, bare, swept, deep, words)
+
+
+def _deep_words(deep: DeepConfig, train: list[Example], forms: TokenForms) -> list[int] | None:
+    """As many tokens as a deep prompt has, for its table to start at."""
+    if deep.encoder != "table" or deep.init == "random":
+        return None
+    if deep.init_text is None:
+        words = [slot for example in train[: deep.length] for slot in example.slots]
+    else:
+        text = forms.at_start(deep.init_text)
+        words = [*forms.specials[0], *(text * deep.length)]
+    return (words * deep.length)[: deep.length]
 
 
 def _encode(

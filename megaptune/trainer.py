@@ -146,7 +146,8 @@ class Trainer:
     def move_up(self) -> None:
         while self.waiting and len(self.active) < self.at_once:
             training = self.waiting.pop(0)
-            self.bank.add(training.prompt)
+            starts_at = training.job.task.deep_words if self.deep is not None else None
+            self.bank.add(training.prompt, None if starts_at is None else self.host.deep_prompt_of(starts_at))
             self.active.append(training)
 
     # -- a step --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ this rank, E head width.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megaptune.backbone.tensor_parallel import sum_gradients
@@ -59,6 +60,18 @@ class DeepPrompts:
         """As ``architectures`` divides them: where ranks outnumber heads, several hold the same one."""
         first = grid.shard * self.kv_heads // grid.shards
         return slice(first, first + max(1, self.kv_heads // grid.shards))
+
+    def rows_of(self, recorded: Tensor, grid: ProcessGrid) -> Tensor:
+        """Keys and values of P tokens that the backbone read itself, this rank's heads [L, 2, h, P, E] -> all heads' as
+        rows of the table [P * 2 L, k * E] fp32, on every rank. Collective."""
+        length = recorded.shape[3]
+        whole = recorded.new_zeros(self.layers, 2, self.kv_heads, length, self.head_width, dtype=torch.float32)
+        copies = max(1, grid.shards // self.kv_heads)  # ranks that hold the same head, of which one gives it
+        if grid.shard % copies == 0:
+            whole[:, :, self._heads(grid)] = recorded.float()
+        if grid.shards > 1:
+            torch.distributed.all_reduce(whole, group=grid.tensor_group)
+        return whole.permute(3, 0, 1, 2, 4).reshape(length * self.rows, self.width)
 
     def keys_and_values(self, vectors: Tensor, length: int) -> Tensor:
         """One prompt's rows [P * 2 L, k * E] as they are handed out: [L, 2, P, k, E]."""

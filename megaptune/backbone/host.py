@@ -301,6 +301,13 @@ class BackboneHost:
         table = torch.zeros(0, self.width, device=self.device)
         return self.engine.module(packed, table, record=True)
 
+    def deep_prompt_of(self, ids: list[int]) -> Tensor:
+        """What the model itself makes of tokens, as rows of a deep prompt [P * 2 L, k * E] fp32; collective."""
+        assert self.deep is not None, "preparation refuses other families"
+        masked = self.kind == "masked"
+        packed = pack([ids], [len(ids) - 1], [0], masked=masked, device=self.device)
+        return self.deep.rows_of(self._keys_and_values(packed), self.grid)
+
     def output_rows(self, ids: Tensor | None = None) -> OutputRows:
         """This rank's rows of the output embedding for the candidates ``ids``; of the whole vocabulary for None."""
         return self.output.rows(ids)

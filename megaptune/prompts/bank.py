@@ -68,15 +68,18 @@ class PromptBank:
         self.members: dict[int, list[Prompt]] = {}
         self.prompts: list[Prompt] = []
 
-    def add(self, prompt: Prompt) -> None:
-        """Take in a prompt at its start; with a sharded bank it goes to the rank with the fewest rows."""
+    def add(self, prompt: Prompt, start: Tensor | None = None) -> None:
+        """Take in a prompt at its start; with a sharded bank it goes to the rank with the fewest rows.
+
+        :param start: rows [R, D] that a table starts at, beside what its seed draws.
+        """
         if self.sharded:
             load = [sum(p.rows for p in self.prompts if p.owner == r) for r in range(self.topology.world_size)]
             prompt.owner = load.index(min(load))
         self.prompts.append(prompt)
         if self.holds(prompt):
             stack = self._stack(prompt.rows)
-            prompt.place = stack.add(prompt.seed)
+            prompt.place = stack.add(prompt.seed, start)
             self.members[prompt.rows].append(prompt)
             self.keep_best(prompt)
         self._number()

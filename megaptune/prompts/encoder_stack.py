@@ -96,14 +96,16 @@ class EncoderStack:
 
     # -- places --------------------------------------------------------------------------------------------------
 
-    def add(self, seed: int) -> int:
-        """Take a place for a new encoder, whose weights depend on ``seed`` alone."""
+    def add(self, seed: int, start: Tensor | None = None) -> int:
+        """Take a place for a new encoder, whose weights depend on ``seed`` alone, a table's on ``start`` [R, D] too."""
         place = self.count
         self.count += 1
         for stacks in self.stacks.values():
             for stack in stacks.values():
                 stack[place].zero_()
         state = build_encoder(self.kind, self.rows, self.width, 0.0, seed, self.deep).state_dict()
+        if start is not None:
+            state["embedding.weight"] += start.cpu()
         self.put("weight", place, state)
         return place
 

@@ -142,6 +142,29 @@ def test_layouts_agree(family, kv_heads, tmp_path):
             assert torch.equal(found[0][1], found[1][1])
 
 
+def _read_both_ways(folder, ids):
+    """Features of examples behind words, and behind the deep prompt that the model makes of the words."""
+    host = open_host(folder, tensor_parallel=2)
+    table, found = host.deep_prompt_of(ids), []
+    for first, virtual_tokens in ((ids, 0), ([], len(ids))):
+        members = [
+            Member(Example(first + e.slots, len(first) + e.answer_position, e.answer, e.record), 0, 0, virtual_tokens)
+            for e in examples(masked=False)
+        ]
+        with torch.no_grad():
+            inputs = collate(members, host, 0, members[0]).inputs
+            found.append(host.features(inputs, table if virtual_tokens else torch.zeros(0, host.width)))
+    disconnect()
+    return found
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("gpt2", {}), ("llama", {"num_key_value_heads": 1})])
+def test_a_prompt_made_of_words_is_read_like_the_words(family, sizes, tmp_path):
+    folder = save_model(family, tmp_path / "model", **sizes)
+    for words, prompt in run_ranks(2, _read_both_ways, folder, [9, 4, 30, 31]):
+        assert_same([prompt], [words])
+
+
 def test_mlp_gives_the_keys_and_values_of_pefts_prefix_encoder():
     """PEFT's order of a token's values is ours: layer by layer, keys before values."""
     from peft import PrefixEncoder, PrefixTuningConfig
