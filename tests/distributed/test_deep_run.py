@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_a_masked_model_learns_from_its_manual_prompt_too(config_file, tmp_path)
     (losses,) = curves(run).values()
     assert losses[-1] < losses[0] / 2
     assert result(run, "cities/deep_ptuning-seed0")["template"] == "{city} is in [answer] ."
+
+
+@pytest.mark.slow
+def test_the_shipped_configuration_learns_the_shipped_facts(tmp_path):
+    """SmolLM2-135M, the first eight steps: from the loss of the words that the prompt starts at, which it halves."""
+    from megaptune.backbone.embedded import embedded_folder
+
+    config = Path(__file__).resolve().parents[2] / "configs" / "quickstart_deep.yaml"
+    sizes = "task.limit_train=64", "task.limit_dev=4", "task.limit_test=4", "train.global_batch=8", "train.epochs=1"
+    rate = "train.warmup_steps=2", "train.final_fraction=1"
+    settings = f"run.directory={tmp_path / 'run'}", f"backbone.path={embedded_folder()}", "run.seeds=[0]"
+    run_ranks(1, train, config, *settings, "methods=[deep_ptuning]", *sizes, *rate)
+    (losses,) = curves(tmp_path / "run").values()
+    assert losses[0] < 10  # random virtual tokens begin at 14 and above
+    assert sum(losses[-2:]) < sum(losses[:2]) / 2
 
 
 def _prepare(config, *overrides):
