@@ -139,7 +139,7 @@ def _behind_context(
     """Attention to a context's keys and values [2, S, k, P, E], then to own ones [S, k, Q, E].
 
     On a GPU by torch's fused attention, which holds no weights. A CPU is faster with the products themselves: contexts
-    are long, are read where they lie, and their gradients, which nobody wants, are not computed.
+    are long, are read where they lie, and their gradients, wanted of deep prompts alone, are not computed otherwise.
     """
     if context.is_cuda:
         keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)
