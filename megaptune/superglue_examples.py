@@ -163,7 +163,20 @@ def load_superglue(config: Config) -> list[SuperGlueData]:
     task = config.task
     assert isinstance(task, SuperGlueTask)
     trains = any(METHODS[name].trains for name in config.methods)
-    return [_load(task, name, trains) for name in config.tasks]
+    absent = absent_tasks(config)
+    there = [name for name in config.tasks if name not in absent]
+    if not there:
+        roots = ", ".join(map(str, task.roots))
+        raise DataError(f"task.root: no folder of a SuperGLUE task ({', '.join(config.tasks)}) in {roots}")
+    return [_load(task, name, trains) for name in there]
+
+
+def absent_tasks(config: Config) -> list[TaskName]:
+    """What ``tasks: all`` leaves out: the tasks without a folder. A task that is named must be there."""
+    task = config.task
+    if not isinstance(task, SuperGlueTask) or task.tasks != "all":
+        return []
+    return [name for name in config.tasks if not any((root / name).is_dir() for root in task.roots)]
 
 
 def _load(task: SuperGlueTask, name: TaskName, trains: bool) -> SuperGlueData:
