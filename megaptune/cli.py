@@ -106,13 +106,12 @@ def check(config: ConfigOption, overrides: SetOption = None) -> None:
         )
         for task in prepared.tasks:
             monitor.say(task.summary(len(prepared.tokenizer)))
-            for encoded in (task.manual, task.tuned, task.bare):
-                if encoded is not None:
-                    pieces = [
-                        f"[P{-slot}]" if slot < 0 else prepared.tokenizer.convert_ids_to_tokens(slot)
-                        for slot in encoded.test[0].slots
-                    ]
-                    monitor.say(f"  {' '.join(pieces)} -> {encoded.test[0].record.answer}")
+            for encoded in task.prompts:
+                pieces = [
+                    f"[P{-slot}]" if slot < 0 else prepared.tokenizer.convert_ids_to_tokens(slot)
+                    for slot in encoded.test[0].slots
+                ]
+                monitor.say(f"  {' '.join(pieces)} -> {encoded.test[0].record.answer}")
         monitor.say("the configuration is sound")
 
     _exit_with(work)

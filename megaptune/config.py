@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megaptune import config_files
 from megaptune.errors import ConfigError
-from megaptune.methods import METHODS, MethodName
+from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
 
 Reading = Literal["answers", "word_list", "vocabulary"]
 
@@ -57,6 +57,13 @@ class LamaTask(TaskConfig):
     type: Literal["lama"] = Field(description="LAMA T-REx in the official layout")
     root: Path = Field(description="folder with relations.jsonl and fact-retrieval/original/P*/")
     relations: list[str] | Literal["all"] = Field("all", description="relation ids such as P17, or all that are there")
+    lpaqa_prompts: Path | None = Field(
+        None,
+        description="rows of relation and template, for manual_lpaqa; default: prompts/LPAQA_relations.jsonl in root",
+    )
+    autoprompt_prompts: Path | None = Field(
+        None, description="the same for manual_autoprompt; default: prompts/AutoPrompt_relations.jsonl in root"
+    )
     multi_token_answers: Literal["error", "drop"] = Field(
         "drop", description="an answer that is not one token of the backbone: drop the record and count it, or stop"
     )
@@ -239,7 +246,8 @@ class Config(Section):
     methods: list[MethodName] = Field(
         ["manual", "ptuning"],
         min_length=1,
-        description="manual: zero-shot with the manual prompt; ptuning: a prompt trained against the frozen LM; "
+        description="manual: zero-shot with the manual prompt; manual_lpaqa, manual_autoprompt: with the prompts that "
+        "these found for LAMA (of several the best on dev); ptuning: a prompt trained against the frozen LM; "
         "finetune: the LM tuned on the template without pseudo tokens; manual+finetune, ptuning+finetune: LM tuned too",
     )
     prompt: PromptConfig = PromptConfig()
@@ -272,6 +280,10 @@ class Config(Section):
             manual = next((name for name in self.methods if METHODS[name].prompt == "manual"), None)
             if manual and self.prompt.manual is None:
                 problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
+            problems += [
+                f"method {PROMPT_SETS[name]} has prompts for LAMA's relations only; write your own as prompt.manual"
+                for name in self.prompt_sets
+            ]
         problems += self._layout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
@@ -305,6 +317,11 @@ class Config(Section):
         return any(METHODS[name].tunes_lm for name in self.methods)
 
     @property
+    def prompt_sets(self) -> list[PromptSet]:
+        """The sets of prompts that methods read."""
+        return [name for name, method in PROMPT_SETS.items() if method in self.methods]
+
+    @property
     def learning_rates(self) -> list[float]:
         """Of prompts: the sweep, or the one rate."""
         return self.jobs.learning_rates or [self.train.learning_rate]
@@ -335,6 +352,8 @@ INPUT_PATHS = (
     "backbone.path",
     "backbone.architecture",
     "task.root",
+    "task.lpaqa_prompts",
+    "task.autoprompt_prompts",
     "task.word_list",
     "task.train",
     "task.dev",

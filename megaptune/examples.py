@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megaptune.config import Config, Reading
 from megaptune.errors import DataError
-from megaptune.methods import METHODS, Method
+from megaptune.methods import METHODS, PROMPT_SETS, Method, MethodName, PromptSet
 from megaptune.prompts.template import Kind, Template, without_pseudo_tokens
 from megaptune.prompts.tokens import TokenForms
 from megaptune.prompts.verbalizer import Verbalizer
@@ -44,8 +44,9 @@ class PreparedTask:
     """Records whose answers are single tokens, encoded for each method, and each reading's candidate ids [C].
 
     manual, tuned (the P-tuning template) and bare (the same without pseudo tokens) are None where no method wants
-    them; swept holds every P-tuning template, of which tuned is the first; candidates are None for the whole
-    vocabulary.
+    them; swept holds every P-tuning template, of which tuned is the first; searched the prompts of each set, of which
+    dev will choose; candidates are None for the whole vocabulary. left_out: methods that this task has no prompt for,
+    and why.
     """
 
     data: TaskData
@@ -54,13 +55,28 @@ class PreparedTask:
     tuned: EncodedTask | None
     bare: EncodedTask | None = None
     swept: dict[str, EncodedTask] = field(default_factory=dict)
+    searched: dict[PromptSet, list[EncodedTask]] = field(default_factory=dict)
+    left_out: dict[MethodName, str] = field(default_factory=dict)
 
     def encoded(self, method: Method, template: str | None = None) -> EncodedTask:
         """What ``method`` reads; ``template`` is one of a sweep."""
+        return self.alternatives(method, template)[0]
+
+    def alternatives(self, method: Method, template: str | None = None) -> list[EncodedTask]:
+        """The prompts among which dev chooses for ``method``; mostly there is one."""
+        if method.prompt in self.searched:
+            return self.searched[method.prompt]
         tuned = self.tuned if template is None else self.swept.get(template, self.tuned)
-        found = {"manual": self.manual, "template": tuned, "bare": self.bare}[method.prompt]
-        assert found is not None, "a method that the configuration names"
-        return found
+        found = {"manual": self.manual, "template": tuned, "bare": self.bare}.get(method.prompt)
+        assert found is not None, "a method that the configuration names and the task is not left out of"
+        return [found]
+
+    @property
+    def prompts(self) -> list[EncodedTask]:
+        """The task under every prompt that a method wants."""
+        searched = [encoded for found in self.searched.values() for encoded in found]
+        others = [encoded for encoded in (self.manual, self.bare) if encoded is not None]
+        return [*self.swept.values(), *others, *searched]
 
     def num_candidates(self, reading: Reading, vocabulary_size: int) -> int:
         ids = self.candidates[reading]
@@ -71,6 +87,7 @@ class PreparedTask:
         data, base = self.data, baselines(self.data)
         counts = ", ".join(f"{len(records)} {split}" for split, records in data.splits.items())
         dropped = "".join(f"; dropped: {count} {reason}" for reason, count in data.dropped.items() if count)
+        left_out = "".join(f"\n  left out   {method}: {why}" for method, why in self.left_out.items())
         sizes = ", ".join(f"{reading} {self.num_candidates(reading, vocabulary_size)}" for reading in self.candidates)
         return (
             f"{data.name} {data.label}\n"
@@ -78,7 +95,7 @@ class PreparedTask:
             f"  candidates {sizes}\n"
             f"  of the test answers {100 * base.majority:.1f} % are train's commonest, {100 * base.unseen:.1f} % are "
             f"unseen in train, {100 * base.in_subject:.1f} % stand in the subject; {100 * base.shared_facts:.1f} % of "
-            "the facts are in train"
+            f"the facts are in train{left_out}"
         )
 
 
@@ -98,7 +115,11 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
     }
     data = data.keep("answer of several tokens", flags)
     methods = [METHODS[name] for name in config.methods]
-    needed: tuple[Split, ...] = SPLITS if any(method.trains for method in methods) else ("test",)
+    sets, left_out = _readable(data, config, kind)
+    chooses = any(len(texts) > 1 for texts in sets.values())
+    needed: tuple[Split, ...] = (
+        SPLITS if any(method.trains for method in methods) else ("dev", "test") if chooses else ("test",)
+    )
     for split in needed:
         if not data.splits[split]:
             lost = (
@@ -138,7 +159,31 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         tuned = swept[config.templates[0]]
     if "bare" in prompts:
         bare = encode(without_pseudo_tokens(config.prompt.template), SPLITS)
-    return PreparedTask(data, _candidates(answers, data.word_list, verbalizer, forms), manual, tuned, bare, swept)
+    searched = {
+        name: [encode(text, ("dev", "test") if len(texts) > 1 else ("test",)) for text in texts]
+        for name, texts in sets.items()
+    }
+    candidates = _candidates(answers, data.word_list, verbalizer, forms)
+    return PreparedTask(data, candidates, manual, tuned, bare, swept, searched, left_out)
+
+
+def _readable(data: TaskData, config: Config, kind: Kind) -> tuple[dict[PromptSet, list[str]], dict[MethodName, str]]:
+    """The prompts of every wanted set that the backbone can read, and the methods that are left without any.
+
+    A causal model reads up to ``[answer]``: where the subject comes after it, nothing of the fact is left to read.
+    """
+    sets: dict[PromptSet, list[str]] = {}
+    left_out: dict[MethodName, str] = {}
+    for name in config.prompt_sets:
+        there = data.prompt_sets.get(name, [])
+        read = [text for text in there if kind == "masked" or text.index("{subject}") < text.index("[answer]")]
+        if read:
+            sets[name] = read
+        elif there:
+            left_out[PROMPT_SETS[name]] = "its prompt has the answer before the subject, which a causal LM cannot read"
+        else:
+            left_out[PROMPT_SETS[name]] = "no prompt for this relation"
+    return sets, left_out
 
 
 def _encode(

@@ -111,6 +111,8 @@ class Experiment:
         for task in self.prepared.tasks:
             for name in methods:
                 method = METHODS[name]
+                if name in task.left_out:
+                    continue
                 for variant in self.variants() if method.trains_prompt else [Variant(0.0, "")]:
                     encoded = task.encoded(method, variant.template)
                     for seed in self.config.run.seeds if method.trains else [None]:
@@ -168,13 +170,27 @@ class Experiment:
         training = [job for job in jobs if job.seed is not None]
         for job in zero_shot:
             self.monitor.rewind({job.name: 0})
-            nothing = torch.zeros(0, self.host.width, device=self.host.device)
-            members = [Member(example, 0, job.number) for example in job.encoded.test]
-            self.finish(job, stage.evaluate(members, nothing, self.config.scoring.evaluate_over), {})
+            extra = self.choose_prompt(job, stage)
+            self.finish(job, self.zero_shot(job, job.encoded.test, stage, self.config.scoring.evaluate_over), extra)
         if training:
             self.train(training, stage, self.directory.path / "checkpoints")
         else:
             roll_call.mark("training")  # no step will come
+
+    def zero_shot(
+        self, job: Job, examples: list[Example], stage: Stage, readings: list[Reading]
+    ) -> dict[Reading, Outcome]:
+        nothing = torch.zeros(0, self.host.width, device=self.host.device)
+        return stage.evaluate([Member(example, 0, job.number) for example in examples], nothing, readings)
+
+    def choose_prompt(self, job: Job, stage: Stage) -> dict[str, Any]:
+        """Of several prompts the job takes the one that is best on dev, the first of equals."""
+        choices, reading = job.task.alternatives(job.method), self.config.scoring.select_on
+        if len(choices) == 1:
+            return {}
+        scores = [self.zero_shot(job, choice.dev, stage, [reading])[reading].figures.p_at_1 for choice in choices]
+        job.encoded = choices[scores.index(max(scores))]
+        return {"best_dev_p_at_1": max(scores), "prompts_tried": len(choices)}
 
     def train(self, jobs: list[Job], stage: Stage, checkpoints: Path) -> None:
         """Prompts, the LM or both, as the methods say."""
@@ -267,6 +283,7 @@ class Experiment:
                 "baselines": asdict(baselines(data)),
                 "counts": {split: len(records) for split, records in data.splits.items()},
                 "dropped": data.dropped,
+                "left_out": job.task.left_out,
                 "candidates": {
                     reading: job.task.num_candidates(reading, self.host.vocabulary_size) for reading in figures
                 },

@@ -53,5 +53,5 @@ def load_tasks(config: Config) -> list[TaskData]:
     """Every relation (or the one custom task) that the configuration asks for."""
     words = read_word_list(config.task.word_list) if config.task.word_list else None
     if isinstance(config.task, LamaTask):
-        return load_lama(config.task, words)
+        return load_lama(config.task, words, config.prompt_sets)
     return [load_custom(config.task, words)]

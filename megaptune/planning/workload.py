@@ -74,12 +74,7 @@ class Workload:
     @classmethod
     def prepared(cls, run: PreparedRun) -> "Workload":
         """From a run's own data, its longest inputs and largest candidate sets."""
-        tasks = [
-            task
-            for prepared in run.tasks
-            for task in (*prepared.swept.values(), prepared.manual, prepared.bare)
-            if task is not None
-        ]
+        tasks = [encoded for prepared in run.tasks for encoded in prepared.prompts]
         train = [len(example.slots) for task in tasks for example in task.train]
         other = [len(example.slots) for task in tasks for example in (*task.dev, *task.test)]
         counts: dict[Reading, int | None] = {"vocabulary": None}

@@ -5,7 +5,7 @@ Built from the jobs' result files, so it can be made again at any time, also of 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Literal
@@ -48,6 +48,7 @@ class Row:
     """One relation, or an average of relations, under one reading.
 
     variant: of a sweep, else empty. dev_choice: whether the relation's dev split prefers this variant to its others.
+    fewer: of an average, the number of relations under a method that some have no prompt for.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Row:
     in_subject: float
     variant: str = ""
     dev_choice: bool = False
+    fewer: dict[MethodName, int] = field(default_factory=dict)
 
     @property
     def manual(self) -> Spread | None:
@@ -99,6 +101,7 @@ class ResultsTable:
         ]
         tasks = list(dict.fromkeys(result["task"] for result in results))
         self.chosen = {task: self._dev_choice(task) for task in tasks}
+        self.left_out = {result["task"]: result.get("left_out", {}) for result in results}
         self.rows = [
             self._row(task, reading, variant)
             for task in tasks
@@ -164,36 +167,40 @@ class ResultsTable:
         """Averaged over relations per seed first, so that the deviation is that of the average."""
         first = self.variants[0] if self.variants else ""
         rows = [row for row in self.rows if (row.reading, row.variant) == (reading, first) and row.name in tasks]
-        weights = [1.0 if kind == "macro" else float(row.test_count) for row in rows]
+        weights = {row.name: 1.0 if kind == "macro" else float(row.test_count) for row in rows}
 
-        def average(values: list[float]) -> float:
-            return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+        def average(values: dict[str, float]) -> float:
+            return sum(weights[task] * value for task, value in values.items()) / sum(weights[task] for task in values)
 
         scores: dict[MethodName, Spread] = {}
+        fewer: dict[MethodName, int] = {}
         for method in self.methods:
+            there = [task for task in tasks if method not in self.left_out[task]]
             per_seed = []
             for seed in self.seeds if METHODS[method].trains else [None]:
                 found = {
                     job["task"]: job["test"][reading]["p_at_1"]
-                    for task in tasks
+                    for task in there
                     for job in self._jobs(task, method, self.chosen[task] if variant == CHOSEN else variant)
                     if job["seed"] == seed
                 }
-                if len(found) == len(tasks):
-                    per_seed.append(average([found[task] for task in tasks]))
+                if there and len(found) == len(there):
+                    per_seed.append(average(found))
             spread = Spread.of(per_seed)
             if spread is not None:
                 scores[method] = spread
+                fewer |= {method: len(there)} if len(there) < len(tasks) else {}
         return Row(
             name,
             reading,
             None,
             sum(row.test_count for row in rows),
             scores,
-            average([row.majority for row in rows]),
-            average([row.unseen for row in rows]),
-            average([row.in_subject for row in rows]),
+            average({row.name: row.majority for row in rows}),
+            average({row.name: row.unseen for row in rows}),
+            average({row.name: row.in_subject for row in rows}),
             variant,
+            fewer=fewer,
         )
 
     def _cells(self, row: Row) -> list[str]:
@@ -204,11 +211,15 @@ class ResultsTable:
             "" if row.candidates is None else str(row.candidates),
             str(row.test_count),
             f"{100 * row.majority:.1f}",
-            *(str(row.scores.get(method, "")) for method in self.methods),
+            *(self._score(row, method) for method in self.methods),
             "" if row.gain is None else f"{100 * row.gain:+.1f}",
             f"{100 * row.unseen:.1f}",
             f"{100 * row.in_subject:.1f}",
         ]
+
+    def _score(self, row: Row, method: MethodName) -> str:
+        few = f" ({row.fewer[method]})" if method in row.fewer else ""
+        return f"{row.scores.get(method, '')}{few}"
 
     def console(self) -> Table:
         """With more than two methods a line has no room for the last two baselines; results.md has them."""
@@ -237,6 +248,13 @@ class ResultsTable:
         )
         if self.variants:
             notes += f" \\*: the variant with the best dev P@1; *{CHOSEN}*: every relation with that of its own."
+        lost = [
+            f"{METHODS[method].label} without {task}: {why}"
+            for task, found in self.left_out.items()
+            for method, why in found.items()
+        ]
+        if lost:
+            notes += " A number in brackets is that of the relations averaged. " + ". ".join(lost) + "."
         return "\n".join([*lines, "", notes, ""])
 
     def as_json(self) -> list[dict[str, Any]]:
@@ -248,6 +266,7 @@ class ResultsTable:
                 "candidates": row.candidates,
                 "test": row.test_count,
                 **{name: row.scores[name].as_json() if name in row.scores else None for name in self.methods},
+                **({"fewer_relations": row.fewer} if row.fewer else {}),
                 "gain": row.gain,
                 "majority": row.majority,
                 "unseen": row.unseen,

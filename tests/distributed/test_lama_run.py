@@ -5,9 +5,11 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+import torch
 from ranks import run_ranks, train
 from runs import metrics
 from tiny import CAPITALS, UNKNOWN_WORD, write_config, write_jsonl
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.dist
 
@@ -25,6 +27,11 @@ def lama_folder(root: Path) -> Path:
         for split, members in (("train", rows), ("dev", rows[:4]), ("test", rows[4:])):
             extra = [{"sub_label": "Rome", "obj_label": UNKNOWN_WORD}, {"sub_label": "Oslo", "obj_label": "Sweden"}]
             write_jsonl(root / "fact-retrieval" / "original" / relation / f"{split}.jsonl", members + extra)
+    lpaqa = ("P17", "near [X] [Y]"), ("P17", "[X] lies by the old [Y]."), ("P30", "[Y] has [X]")
+    autoprompt = ("P17", "[X]old river city [Y]."), ("P30", "[X] market harbour [Y].")
+    for name, prompts in (("LPAQA", lpaqa), ("AutoPrompt", autoprompt)):
+        rows = [{"relation": relation, "template": text} for relation, text in prompts]
+        write_jsonl(root / "prompts" / f"{name}_relations.jsonl", rows)
     words = [*sorted(set(CAPITALS.values())), UNKNOWN_WORD]
     (root / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return root
@@ -39,6 +46,7 @@ def run(tiny, tmp_path_factory):
         backbone={"path": str(tiny("gpt2"))},
         task={"type": "lama", "root": str(root), "word_list": str(root / "words.txt"), "name": None, "answer": None},
         prompt={"template": "[P*3] {subject} [P*3] [answer]", "manual": None},
+        methods=["manual", "manual_lpaqa", "manual_autoprompt", "ptuning"],
         scoring={"evaluate_over": ["answers", "word_list", "vocabulary"], "select_on": "word_list"},
     )
     text = (
@@ -65,7 +73,8 @@ def test_records_lost_to_the_word_list_and_to_the_one_token_rule_are_counted(res
 
 def test_every_relation_has_its_jobs(results):
     jobs = {(job["task"], job["method"], job["seed"]) for job in results["jobs"]}
-    wanted = {(task, "manual", None) for task in ("P17", "P30")}
+    wanted = {(task, method, None) for task in ("P17", "P30") for method in ("manual", "manual_autoprompt")}
+    wanted |= {("P17", "manual_lpaqa", None)}  # P30's is not for a causal model
     assert jobs == wanted | {(task, "ptuning", seed) for task in ("P17", "P30") for seed in (0, 1)}
 
 
@@ -102,4 +111,35 @@ def test_the_markdown_table_has_the_same_rows(run, results):
 
 def test_the_test_split_is_scored_once_a_job(run):
     scored = [(line["job"], line["reading"]) for line in metrics(run) if line["kind"] == "test"]
-    assert len(scored) == len(set(scored)) == 6 * 3
+    assert len(scored) == len(set(scored)) == 9 * 3
+
+
+def test_of_several_prompts_the_best_on_dev_is_scored(results, tiny, tokenizers):
+    """Dev computed once more, with transformers alone: P17's dev facts are the first four of CAPITALS."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny("gpt2")), tokenizers("gpt2")
+    listed = [tokenizer.encode(" " + country)[0] for country in sorted(set(CAPITALS.values()))]
+
+    def dev_p_at_1(prompt):
+        right = 0
+        for city, country in list(CAPITALS.items())[:4]:
+            logits = model(torch.tensor([tokenizer.encode(prompt.format(city))])).logits[0, -1, listed]
+            right += listed[int(logits.argmax())] == tokenizer.encode(" " + country)[0]
+        return right / 4
+
+    prompts = {"near {subject} [answer]": "near {}", "{subject} lies by the old [answer].": "{} lies by the old"}
+    scores = {template: dev_p_at_1(prompt) for template, prompt in prompts.items()}
+    (job,) = [job for job in results["jobs"] if job["method"] == "manual_lpaqa"]
+    assert len(set(scores.values())) == 2, "prompts that dev tells apart"
+    assert job["template"] == max(scores, key=lambda template: scores[template])
+    assert (job["best_dev_p_at_1"], job["prompts_tried"]) == (max(scores.values()), 2)
+
+
+def test_a_column_says_for_which_relations_it_has_no_prompt(run, results):
+    rows = {row["relation"]: row for row in results["table"] if row["reading"] == "word_list"}
+    assert rows["P30"]["manual_lpaqa"] is None
+    assert rows["macro average of 2"]["manual_lpaqa"]["mean"] == rows["P17"]["manual_lpaqa"]["mean"]
+    assert rows["macro average of 2"]["fewer_relations"] == {"manual_lpaqa": 1}
+    assert "fewer_relations" not in rows["P17"]
+    text = (run / "results.md").read_text()
+    assert " (1) | " in text
+    assert "LPAQA without P30: its prompt has the answer before the subject" in text
