@@ -27,7 +27,7 @@ def lama_folder(root: Path) -> Path:
         for split, members in (("train", rows), ("dev", rows[:4]), ("test", rows[4:])):
             extra = [{"sub_label": "Rome", "obj_label": UNKNOWN_WORD}, {"sub_label": "Oslo", "obj_label": "Sweden"}]
             write_jsonl(root / "fact-retrieval" / "original" / relation / f"{split}.jsonl", members + extra)
-    lpaqa = ("P17", "near [X] [Y]"), ("P17", "[X] lies by the old [Y]."), ("P30", "[Y] has [X]")
+    lpaqa = ("P17", "near [X] [Y]"), ("P17", "[X] is the capital of [Y]."), ("P30", "[Y] has [X]")
     autoprompt = ("P17", "[X]old river city [Y]."), ("P30", "[X] market harbour [Y].")
     for name, prompts in (("LPAQA", lpaqa), ("AutoPrompt", autoprompt)):
         rows = [{"relation": relation, "template": text} for relation, text in prompts]
@@ -126,7 +126,7 @@ def test_of_several_prompts_the_best_on_dev_is_scored(results, tiny, tokenizers)
             right += listed[int(logits.argmax())] == tokenizer.encode(" " + country)[0]
         return right / 4
 
-    prompts = {"near {subject} [answer]": "near {}", "{subject} lies by the old [answer].": "{} lies by the old"}
+    prompts = {"near {subject} [answer]": "near {}", "{subject} is the capital of [answer].": "{} is the capital of"}
     scores = {template: dev_p_at_1(prompt) for template, prompt in prompts.items()}
     (job,) = [job for job in results["jobs"] if job["method"] == "manual_lpaqa"]
     assert len(set(scores.values())) == 2, "prompts that dev tells apart"
