@@ -36,6 +36,9 @@ class BackboneConfig(Section):
     kind: Literal["auto", "causal", "masked"] = Field("auto", description="auto: from the folder's `architectures`")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the frozen weights; prompts are always fp32")
     verify: bool = Field(True, description="compare weight files with their recorded SHA-256, where one is recorded")
+    random_weights: int | None = Field(
+        None, ge=0, description="a control: draw all weights from this seed, so that the LM knows nothing"
+    )
 
 
 class TaskConfig(Section):
@@ -284,6 +287,8 @@ class Config(Section):
                 f"method {PROMPT_SETS[name]} has prompts for LAMA's relations only; write your own as prompt.manual"
                 for name in self.prompt_sets
             ]
+        if self.backbone.random_weights is not None and not any(METHODS[name].trains for name in self.methods):
+            problems.append("backbone.random_weights is a control for what is trained; no method here trains anything")
         problems += self._layout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),

@@ -314,7 +314,8 @@ class Experiment:
         extras = ", offload to " + parallel.offload if parallel.offload != "none" else ""
         extras += ", activations recomputed" if parallel.activation_checkpointing else ""
         extras += ", blocks compiled" if host.speed.compile_blocks else ""
-        train = config.train
+        seed, train = config.backbone.random_weights, config.train
+        drawn = "" if seed is None else f", weights drawn from seed {seed}"
         together = config.jobs_at_once(len(self.prepared.tasks))
         union = train.global_batch * together
         micro = min(train.micro_batch, union)
@@ -323,7 +324,7 @@ class Experiment:
         idle = f", {replicas - pieces} replicas idle: lower train.micro_batch" if pieces < replicas else ""
         kernels = ", ".join(f"{op} {how}" for op, how in dispatch.describe().items())
         self.monitor.say(
-            f"backbone   {host.folder.name}: {host.family}, {host.kind}, {config.backbone.dtype}, "
+            f"backbone   {host.folder.name}{drawn}: {host.family}, {host.kind}, {config.backbone.dtype}, "
             f"{host.num_parameters:,} {'tuned' if host.trained else 'frozen'} parameters\n"
             f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}) = {host.grid.replicas} "
             f"replicas x {host.grid.shards} tensor parallel, ZeRO {host.zero_stage}{extras}, {host.device.type}, "
@@ -344,7 +345,7 @@ def _load(prepared: PreparedRun, grid: ProcessGrid, topology: Topology, tuned: b
 
 def _check_files(prepared: PreparedRun, directory: RunDirectory) -> None:
     """Before weights are read: are they whole, and those that the run directory knows?"""
-    folder = prepared.backbone.folder
-    if prepared.config.backbone.verify:
+    folder, settings = prepared.backbone.folder, prepared.config.backbone
+    if settings.verify and settings.random_weights is None:
         verify_checksums(folder)
-    directory.check_backbone(rows_checksum(folder))
+    directory.check_backbone(rows_checksum(folder, settings.random_weights))

@@ -36,7 +36,7 @@ def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
     path = config.backbone.path
     tasks = load_tasks(config)
     folder = embedded_folder(monitor.say) if is_embedded(path) else Path(path)
-    backbone = describe_backbone(folder, config.backbone.kind)
+    backbone = describe_backbone(folder, config.backbone.kind, config.backbone.random_weights)
     tokenizer = load_tokenizer(folder)
     return PreparedRun(config, backbone, tokenizer, encode_tasks(config, tasks, tokenizer, backbone))
 

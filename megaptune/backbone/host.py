@@ -166,7 +166,11 @@ class BackboneHost:
         if self.family in FAMILIES:
             init = zero_init(config, grid, DTYPES[dtype], self.trained) if self.zero_stage == 3 else None
             model, self.load_report = load_divided(
-                self.folder, self.kind, dtype, grid, device, init, trainable=self.trained
+                self.folder, self.kind, dtype, grid, device, init, self.trained, description.random_seed
+            )
+        elif description.random_seed is not None:
+            raise BackboneError(
+                f"backbone.random_weights is not available for {self.family!r}, only for {', '.join(FAMILIES)}"
             )
         else:
             model, self.load_report, probe = load_whole(self.folder, self.kind, dtype, device)
@@ -193,7 +197,8 @@ class BackboneHost:
         )
         if probe is not None:
             self._check_probe(*probe)
-        rows = agree(rows_checksum(self.folder) if grid.replica == grid.shard == 0 else None)
+        first = grid.replica == grid.shard == 0
+        rows = agree(rows_checksum(self.folder, description.random_seed) if first else None)
         self.fingerprint = Fingerprint(rows, probe_scores(self), dtype)
         self.contexts: ContextCache | None = None
 

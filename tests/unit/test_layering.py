@@ -24,7 +24,7 @@ backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
 backbone.embedded       backbone.zero_config
 run.preflight
 kernels                 backbone.frozen_linear  backbone.fingerprint  backbone.tensor_parallel
-backbone.loading        backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
+backbone.random_weights  backbone.loading  backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
 backbone.inputs         backbone.packed_attention  backbone.compiled  backbone.context_files  backbone.context_cache
 backbone.engine         backbone.host
 backbone.weight_pieces  backbone.tuned_weights  backbone.tuned_host
