@@ -107,11 +107,12 @@ def check(config: ConfigOption, overrides: SetOption = None) -> None:
         for task in prepared.tasks:
             monitor.say(task.summary(len(prepared.tokenizer)))
             for encoded in task.prompts:
+                example = encoded.test[0]
                 pieces = [
                     f"[P{-slot}]" if slot < 0 else prepared.tokenizer.convert_ids_to_tokens(slot)
-                    for slot in encoded.test[0].slots
+                    for slot in example.inputs[0]
                 ]
-                monitor.say(f"  {' '.join(pieces)} -> {encoded.test[0].record.answer}")
+                monitor.say(f"  {' '.join(pieces)} -> {example.record.told}")
         monitor.say("the configuration is sound")
 
     _exit_with(work)
@@ -139,10 +140,10 @@ def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
     """Print the table of a run, finished or not, and write results.json and results.md again."""
 
     def work() -> None:
-        from megaptune.results.table import ResultsTable
+        from megaptune.results.tables import read_table
         from megaptune.run.monitor import Monitor
 
-        table = ResultsTable.read(run, load_config(run / "config.yaml"))
+        table = read_table(run, load_config(run / "config.yaml"))
         table.write(run)
         Monitor(speaks=True).show(table.console())
 

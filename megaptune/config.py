@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megaptune import config_files
 from megaptune.errors import ConfigError
 from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
+from megaptune.patterns import USES, PatternBook, TaskName, Use
 
 Reading = Literal["answers", "word_list", "vocabulary"]
 
@@ -41,17 +42,22 @@ class BackboneConfig(Section):
     )
 
 
-class TaskConfig(Section):
+class Limits(Section):
     """What all tasks have in common."""
+
+    limit_train: int | None = Field(None, ge=1, description="use this many training records, sampled by limit_seed")
+    limit_dev: int | None = Field(None, ge=1, description="the same for dev")
+    limit_test: int | None = Field(None, ge=1, description="the same for test, for a quick look")
+    limit_seed: int = Field(0, description="which records a limit samples; not tied to run.seeds")
+
+
+class TaskConfig(Limits):
+    """What tasks have in common whose answers are words."""
 
     multi_token_answers: Literal["error", "drop"] = Field(
         "error", description="an answer that is not one token of the backbone: stop, or drop the record and count it"
     )
     word_list: Path | None = Field(None, description="words answers may be: .txt (one a line) or LAMA's .json lists")
-    limit_train: int | None = Field(None, ge=1, description="use this many training records, sampled by limit_seed")
-    limit_dev: int | None = Field(None, ge=1, description="the same for dev")
-    limit_test: int | None = Field(None, ge=1, description="the same for test, for a quick look")
-    limit_seed: int = Field(0, description="which records a limit samples; not tied to run.seeds")
 
 
 class LamaTask(TaskConfig):
@@ -84,6 +90,61 @@ class CustomTask(TaskConfig):
     subject: str | None = Field(None, description="the field searched for copied answers; default: all other fields")
 
 
+class TaskSplits(Section):
+    """Where the records come from that choose the epoch, and those that are reported on."""
+
+    dev: Literal["dev32", "held_out"] = Field(
+        "held_out", description="records that choose the epoch: the file dev32, or a part of train that is held out"
+    )
+    test: Literal["val", "dev32"] = Field("val", description="the labelled file that is reported on, never selected on")
+
+    @model_validator(mode="after")
+    def _differ(self) -> "TaskSplits":
+        if self.dev == self.test:
+            raise ValueError(f"{self.dev} cannot both choose the epoch and be reported on; name another file as one")
+        return self
+
+
+PatternNames = list[str] | Literal["all"]
+
+
+class SuperGlueTask(Limits):
+    """SuperGLUE or FewGLUE in the official folders, under the patterns of the section ``patterns``."""
+
+    type: Literal["superglue"] = Field(description="SuperGLUE and FewGLUE in the official folders")
+    root: Path | list[Path] = Field(description="folder with a folder for each task; of several the first that has it")
+    tasks: list[TaskName] | Literal["all"] = Field("all", description="such as [RTE, COPA]; all: those of `patterns`")
+    splits: TaskSplits = Field(TaskSplits(), description="where dev and test come from")
+    splits_of: dict[TaskName, TaskSplits] = Field({}, description="the same, where a task differs")
+    held_out: float = Field(0.1, gt=0, lt=1, description="share of train that dev: held_out takes; by limit_seed")
+    manual: dict[TaskName, PatternNames] = Field(
+        {}, description="manual patterns by task, each a job of its own; default: the first that fits the backbone"
+    )
+    ptuning: dict[TaskName, PatternNames] = Field({}, description="the same for patterns with pseudo tokens")
+    mirror_copa: bool = Field(False, description="train COPA on each example with its choices in both orders")
+    choice_score: Literal["sum", "mean"] = Field(
+        "sum", description="a choice of several tokens scores the sum of their log-probabilities, or the mean"
+    )
+    predict_test: bool = Field(False, description="predict the unlabelled test file, as SuperGLUE's server takes it")
+
+    @property
+    def word_list(self) -> None:
+        """Answers are label words and choices."""
+        return None
+
+    @property
+    def roots(self) -> list[Path]:
+        return self.root if isinstance(self.root, list) else [self.root]
+
+    def splits_for(self, task: TaskName) -> TaskSplits:
+        return self.splits_of.get(task, self.splits)
+
+    def patterns_of(self, use: Use, task: TaskName) -> PatternNames:
+        """The names asked for; none: the first that fits."""
+        found: dict[TaskName, PatternNames] = getattr(self, use)
+        return found.get(task, [])
+
+
 class PromptConfig(Section):
     template: str = Field(
         "[P*3] {subject} [P*3] [answer] [P*3]",
@@ -113,6 +174,9 @@ class TrainConfig(Section):
     optimizer: Literal["adam", "sgd"] = Field("adam", description="of the prompt encoder and a tuned LM, torch's")
     learning_rate: float = Field(1e-5, gt=0, description="of the prompt encoder: the highest rate of the schedule")
     lm_learning_rate: float = Field(5e-6, gt=0, description="the same of a tuned LM")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of finetune's classification head (SuperGLUE); default: lm_learning_rate"
+    )
     weight_decay: float = Field(5e-4, ge=0, description="L2 term in the gradient, not decoupled")
     schedule: Literal["exponential", "linear", "constant"] = Field("exponential", description="of the learning rate")
     decay_per_epoch: float = Field(0.98, gt=0, le=1, description="exponential: factor per epoch")
@@ -245,13 +309,15 @@ class KernelConfig(Section):
 class Config(Section):
     run: RunConfig = RunConfig()
     backbone: BackboneConfig
-    task: Annotated[LamaTask | CustomTask, Field(discriminator="type")]
+    task: Annotated[LamaTask | CustomTask | SuperGlueTask, Field(discriminator="type")]
+    patterns: PatternBook = Field({}, description="SuperGLUE: each task's patterns and verbalizers; docs/superglue.md")
     methods: list[MethodName] = Field(
         ["manual", "ptuning"],
         min_length=1,
         description="manual: zero-shot with the manual prompt; manual_lpaqa, manual_autoprompt: with the prompts that "
         "these found for LAMA (of several the best on dev); ptuning: a prompt trained against the frozen LM; "
-        "finetune: the LM tuned on the template without pseudo tokens; manual+finetune, ptuning+finetune: LM tuned too",
+        "prompt_tuning: the same with plain vectors for the encoder; finetune: the LM tuned on the template without "
+        "pseudo tokens (SuperGLUE: under a classification head); manual+finetune, ptuning+finetune: LM tuned too",
     )
     prompt: PromptConfig = PromptConfig()
     scoring: ScoringConfig = ScoringConfig()
@@ -283,12 +349,15 @@ class Config(Section):
             manual = next((name for name in self.methods if METHODS[name].prompt == "manual"), None)
             if manual and self.prompt.manual is None:
                 problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
+        if not isinstance(self.task, LamaTask):
             problems += [
                 f"method {PROMPT_SETS[name]} has prompts for LAMA's relations only; write your own as prompt.manual"
                 for name in self.prompt_sets
             ]
         if self.backbone.random_weights is not None and not any(METHODS[name].trains for name in self.methods):
             problems.append("backbone.random_weights is a control for what is trained; no method here trains anything")
+        if isinstance(self.task, SuperGlueTask):
+            problems += self._pattern_problems(self.task)
         problems += self._layout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
@@ -299,12 +368,36 @@ class Config(Section):
         }
         if isinstance(self.task, LamaTask) and self.task.relations != "all":
             lists["task.relations"] = list(self.task.relations)
+        if isinstance(self.task, SuperGlueTask) and self.task.tasks != "all":
+            lists["task.tasks"] = list(self.task.tasks)
         problems += [f"{key} repeats an entry: {found}" for key, found in lists.items() if len(set(found)) < len(found)]
         if self.prompt.dropout and self.prompt.encoder != "lstm":
             problems.append(f"prompt.dropout works between LSTM layers; prompt.encoder is {self.prompt.encoder!r}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _pattern_problems(self, task: SuperGlueTask) -> list[str]:
+        """Patterns that are asked for and not there."""
+        problems = []
+        if not self.patterns:
+            problems.append("a superglue task needs `patterns`: name configs/patterns/all.yaml in `defaults:`")
+        there = ", ".join(self.patterns)
+        for name in task.tasks if task.tasks != "all" else []:
+            if self.patterns and name not in self.patterns:
+                problems.append(f"task.tasks names {name}, which `patterns` has no section for (there: {there})")
+        for use in USES:
+            for name in self.patterns:
+                known: list[str] = list(getattr(self.patterns[name], use))
+                asked = task.patterns_of(use, name)
+                problems += [
+                    f"task.{use}.{name} names the pattern {wanted!r} (there: {', '.join(known) or 'none'})"
+                    for wanted in (asked if asked != "all" else [])
+                    if wanted not in known
+                ]
+        if self.jobs.templates:
+            problems.append("jobs.templates is for tasks with templates; a superglue task names task.ptuning patterns")
+        return problems
 
     def _layout_problems(self) -> list[str]:
         if not self.tunes_lm:
@@ -333,7 +426,11 @@ class Config(Section):
 
     @property
     def templates(self) -> list[str]:
-        """Of P-tuning: the sweep, or the one template."""
+        """Of P-tuning: the sweep, or the one template; of SuperGLUE as many names as the task with most patterns."""
+        if isinstance(self.task, SuperGlueTask):
+            asked = {name: self.task.patterns_of("ptuning", name) for name in self.patterns}
+            counts = {n: len(self.patterns[n].ptuning) if a == "all" else len(a) for n, a in asked.items()}
+            return [f"pattern {number}" for number in range(1, 1 + max([1, *counts.values()]))]
         return self.jobs.templates or [self.prompt.template]
 
     def jobs_at_once(self, tasks: int) -> int:
@@ -341,6 +438,13 @@ class Config(Section):
         frozen = sum(METHODS[name].trains and not METHODS[name].tunes_lm for name in self.methods)
         count = frozen * tasks * len(self.run.seeds) * len(self.learning_rates) * len(self.templates)
         return max(1, min(count, self.jobs.at_once or count))
+
+    @property
+    def tasks(self) -> list[TaskName]:
+        """SuperGLUE's tasks that are asked for."""
+        if not isinstance(self.task, SuperGlueTask):
+            return []
+        return list(self.patterns) if self.task.tasks == "all" else self.task.tasks
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but the layout, logging and retention, which a resumed run may change."""

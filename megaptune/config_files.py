@@ -55,9 +55,15 @@ class PathResolver:
             section, name = key.split(".")
             holder = raw.get(section)
             value = holder.get(name) if isinstance(holder, dict) else None
-            if isinstance(value, str) and not self.keep(value) and not (self.unset and unset_variable(value)):
-                assert isinstance(holder, dict)
-                holder[name] = str((base / _expand(value, key)).resolve())
+            if isinstance(holder, dict) and isinstance(value, str):
+                holder[name] = self.resolved(value, key, base)
+            elif isinstance(holder, dict) and isinstance(value, list):
+                holder[name] = [self.resolved(v, key, base) if isinstance(v, str) else v for v in value]
+
+    def resolved(self, value: str, key: str, base: Path) -> str:
+        if self.keep(value) or (self.unset and unset_variable(value)):
+            return value
+        return str((base / _expand(value, key)).resolve())
 
 
 def _expand(value: str, key: str) -> str:
@@ -133,7 +139,7 @@ def describe(problem: Any, root: type[BaseModel], raw: dict[str, Any]) -> str:
         expected = problem["ctx"]["expected_tags"]
         return f"`{key}.type`: {problem['ctx']['tag']!r} is not one of {expected}"
     if kind == "union_tag_not_found":
-        return f"missing key `{key}.type` (lama or custom)"
+        return f"missing key `{key}.type` (lama, custom or superglue)"
     if kind == "value_error":
         message = str(problem["ctx"]["error"])
         return f"`{key}`: {message}" if key else message

@@ -5,6 +5,7 @@ N evaluated examples, R table rows, D backbone width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from megaptune.backbone.host import BackboneHost
 from megaptune.batches import Member, collate, micro_batches, rounds
 from megaptune.config import Reading
+from megaptune.option_scoring import OptionOutcome
 from megaptune.run.topology import all_reduce_sum
 from megaptune.scoring import Figures, Scorer
 
@@ -33,6 +35,10 @@ class Outcome:
         return Figures.of(self.loss, self.rank)
 
 
+Outcomes = dict[Reading | Literal["options"], Outcome | OptionOutcome]
+"""By reading; of examples with options there is one outcome, called so."""
+
+
 @torch.no_grad()
 def evaluate(
     host: BackboneHost,
@@ -44,7 +50,7 @@ def evaluate(
 ) -> dict[Reading, Outcome]:
     """Every member scored once under the prompts of ``table`` [R, D]; the same on all ranks."""
     found = {reading: torch.zeros(3, len(members), dtype=torch.float64) for reading in scorers}
-    lengths = [len(member.example.slots) for member in members]
+    lengths = [member.example.length for member in members]
     pieces = micro_batches(lengths, range(len(members)), batch, host.speed.length_buckets)
     for mine in rounds(pieces, host.grid.replica, host.grid.replicas):
         piece = collate([members[index] for index in mine], host, pad_id, stand_in=members[0])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megaptune.config import Config, Reading
+from megaptune.config import Config, Reading, TaskConfig
 from megaptune.errors import DataError
 from megaptune.methods import METHODS, PROMPT_SETS, Method, MethodName, PromptSet
 from megaptune.prompts.template import Kind, Template, without_pseudo_tokens
@@ -28,6 +28,19 @@ class Example:
     answer: int
     record: Record
 
+    @property
+    def inputs(self) -> list[list[int]]:
+        return [self.slots]
+
+    @property
+    def length(self) -> int:
+        return len(self.slots)
+
+    @property
+    def key(self) -> str:
+        """What tells it apart as the backbone sees it."""
+        return f"{self.slots}{self.answer_position}{self.answer}"
+
 
 @dataclass(frozen=True)
 class EncodedTask:
@@ -37,6 +50,26 @@ class EncodedTask:
     train: list[Example]
     dev: list[Example]
     test: list[Example]
+    encoder = None  # the configuration's, or the method's
+
+    @property
+    def rows(self) -> int:
+        """Table rows that training it takes."""
+        return self.template.num_pseudo_tokens
+
+    @property
+    def reported(self) -> list[Example]:
+        """What is evaluated when the job is done."""
+        return self.test
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a job stands in a sweep; ``suffix`` names it in the job's folder, and is empty without a sweep."""
+
+    learning_rate: float
+    template: str
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +90,28 @@ class PreparedTask:
     swept: dict[str, EncodedTask] = field(default_factory=dict)
     searched: dict[PromptSet, list[EncodedTask]] = field(default_factory=dict)
     left_out: dict[MethodName, str] = field(default_factory=dict)
+
+    headline = "p_at_1"
+    """The figure that dev chooses the epoch by."""
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+    def variants(self, method: Method, config: Config) -> list[Variant]:
+        """The sweep over learning rates and templates; without one, the one variant there is."""
+        if not method.trains_prompt:
+            return [Variant(0.0, "")]
+        rates, templates = config.learning_rates, config.templates
+        return [
+            Variant(
+                rate,
+                template,
+                (f"-lr{rate:g}" if len(rates) > 1 else "") + (f"-template{place}" if len(templates) > 1 else ""),
+            )
+            for rate in rates
+            for place, template in enumerate(templates, start=1)
+        ]
 
     def encoded(self, method: Method, template: str | None = None) -> EncodedTask:
         """What ``method`` reads; ``template`` is one of a sweep."""
@@ -106,6 +161,7 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         template that does not fit, an input longer than ``max_tokens``.
     """
     task = config.task
+    assert isinstance(task, TaskConfig)
     records = [record for split in SPLITS for record in data.splits[split]]
     verbalizer = Verbalizer.of([record.answer for record in records], forms)
     if task.multi_token_answers == "error":

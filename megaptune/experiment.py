@@ -7,6 +7,7 @@ again, so the same command continues an interrupted run.
 
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,20 @@ from megaptune.backbone.weight_files import verify_checksums
 from megaptune.batches import Member
 from megaptune.config import Config, Reading
 from megaptune.errors import DivergedError, SetupError
-from megaptune.evaluation import Outcome
-from megaptune.examples import Example, baselines
-from megaptune.jobs import Job, Training, Variant
+from megaptune.evaluation import Outcome, Outcomes
+from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
+from megaptune.jobs import Job, Training
 from megaptune.kernels import dispatch
 from megaptune.methods import METHODS, MethodName
+from megaptune.option_examples import OptionExample
+from megaptune.option_scoring import OptionOutcome, OptionScorer
 from megaptune.preparation import PreparedRun
 from megaptune.results.lm_folder import write_tuned_lm
 from megaptune.results.prompt_folder import write_prompt
+from megaptune.results.superglue_job import finish_superglue
+from megaptune.results.superglue_table import SuperGlueTable
 from megaptune.results.table import ResultsTable
+from megaptune.results.tables import read_table
 from megaptune.run import roll_call
 from megaptune.run.directory import RunDirectory
 from megaptune.run.files import write_json, write_whole
@@ -38,7 +44,8 @@ from megaptune.run.monitor import Monitor
 from megaptune.run.stopping import StopRequest
 from megaptune.run.topology import Topology, agree, on_main
 from megaptune.scoring import Scorer
-from megaptune.trainer import Stage, Trainer
+from megaptune.superglue_examples import EncodedOptions, PreparedSuperGlue
+from megaptune.trainer import Stage, Trainer, dev_figures
 
 
 @dataclass
@@ -83,7 +90,7 @@ class Experiment:
     def config(self) -> Config:
         return self.prepared.config
 
-    def run(self) -> ResultsTable:
+    def run(self) -> ResultsTable | SuperGlueTable:
         """All jobs; the table over what they left in the run directory. :attr:`diverged` says which left nothing."""
         self.banner()
         for task in self.prepared.tasks:
@@ -103,7 +110,7 @@ class Experiment:
                     self.train([job], self.stage([job]), job.folder / "checkpoints")
             else:
                 self.run_frozen(pending, self.stage(jobs))
-        return ResultsTable.read(self.directory.path, self.config)
+        return read_table(self.directory.path, self.config)
 
     def jobs(self, methods: list[MethodName]) -> list[Job]:
         """Every job of ``methods``, numbered from 0."""
@@ -113,46 +120,46 @@ class Experiment:
                 method = METHODS[name]
                 if name in task.left_out:
                     continue
-                for variant in self.variants() if method.trains_prompt else [Variant(0.0, "")]:
+                for variant in task.variants(method, self.config):
                     encoded = task.encoded(method, variant.template)
                     for seed in self.config.run.seeds if method.trains else [None]:
-                        folder = self.directory.job(task.data.name, name, seed, variant.suffix)
+                        folder = self.directory.job(task.name, name, seed, variant.suffix)
                         found.append(Job(len(found), name, task, encoded, seed, variant, folder))
         return found
 
-    def variants(self) -> list[Variant]:
-        """The sweep over learning rates and templates; without one, the one variant there is."""
-        rates, templates = self.config.learning_rates, self.config.templates
-        return [
-            Variant(
-                rate,
-                template,
-                (f"-lr{rate:g}" if len(rates) > 1 else "") + (f"-template{place}" if len(templates) > 1 else ""),
-            )
-            for rate in rates
-            for place, template in enumerate(templates, start=1)
-        ]
-
     def stage(self, jobs: list[Job]) -> Stage:
         """Scorers for these jobs, by their numbers."""
+        pad_id = self.prepared.pad_id
+        tasks = [task for task in {id(job.task): job.task for job in jobs}.values() if isinstance(task, PreparedTask)]
+        if not tasks:
+            options = OptionScorer(self.host, self.option_scorer(jobs))
+            return Stage(self.config, self.host, self.topology, {}, pad_id, self.monitor, self.stop, options)
         readings = sorted({*self.config.scoring.evaluate_over, self.config.scoring.train_over})
-        tasks = list({id(job.task): job.task for job in jobs}.values())
         set_of = [0] * (max(job.number for job in jobs) + 1)
         for job in jobs:
             set_of[job.number] = next(place for place, task in enumerate(tasks) if task is job.task)
         scorers = {
             reading: Scorer(self.host, [task.candidates[reading] for task in tasks], set_of) for reading in readings
         }
-        pad_id = self.prepared.pad_id
         return Stage(self.config, self.host, self.topology, scorers, pad_id, self.monitor, self.stop)
+
+    def option_scorer(self, jobs: list[Job]) -> Scorer:
+        """Of every token that these jobs' options ask for; of the whole vocabulary where one has choices."""
+        sets = [job.encoded.candidates for job in jobs if isinstance(job.encoded, EncodedOptions)]
+        if any(ids is None for ids in sets):
+            return Scorer(self.host, [None])
+        set_of = [0] * (max(job.number for job in jobs) + 1)
+        for place, job in enumerate(jobs):
+            set_of[job.number] = place
+        return Scorer(self.host, sets, set_of)
 
     def say_done(self, jobs: list[Job], pending: list[Job]) -> None:
         for task in self.prepared.tasks:
             mine = [job for job in jobs if job.task is task]
             if mine and not any(job.task is task for job in pending):
                 methods = ", ".join(dict.fromkeys(job.method_name for job in mine))
-                place = self.directory.path / "jobs" / task.data.name
-                self.monitor.say(f"{task.data.name}  {methods} done before: results are in {place}")
+                place = self.directory.path / "jobs" / task.name
+                self.monitor.say(f"{task.name}  {methods} done before: results are in {place}")
 
     def change_host(self, tuned: bool) -> None:
         """Let go of the backbone before another is loaded."""
@@ -171,24 +178,28 @@ class Experiment:
         for job in zero_shot:
             self.monitor.rewind({job.name: 0})
             extra = self.choose_prompt(job, stage)
-            self.finish(job, self.zero_shot(job, job.encoded.test, stage, self.config.scoring.evaluate_over), extra)
+            self.finish(job, self.zero_shot(job, job.encoded.reported, stage, self.config.scoring.evaluate_over), extra)
         if training:
             self.train(training, stage, self.directory.path / "checkpoints")
         else:
             roll_call.mark("training")  # no step will come
 
     def zero_shot(
-        self, job: Job, examples: list[Example], stage: Stage, readings: list[Reading]
-    ) -> dict[Reading, Outcome]:
+        self, job: Job, examples: Sequence[Example | OptionExample], stage: Stage, readings: list[Reading]
+    ) -> Outcomes:
         nothing = torch.zeros(0, self.host.width, device=self.host.device)
         return stage.evaluate([Member(example, 0, job.number) for example in examples], nothing, readings)
 
     def choose_prompt(self, job: Job, stage: Stage) -> dict[str, Any]:
         """Of several prompts the job takes the one that is best on dev, the first of equals."""
-        choices, reading = job.task.alternatives(job.method), self.config.scoring.select_on
-        if len(choices) == 1:
+        choices = job.task.alternatives(job.method) if isinstance(job.task, PreparedTask) else []
+        if len(choices) < 2:
             return {}
-        scores = [self.zero_shot(job, choice.dev, stage, [reading])[reading].figures.p_at_1 for choice in choices]
+        reading = self.config.scoring.select_on
+        scores = []
+        for choice in choices:
+            found = self.zero_shot(job, choice.dev, stage, [reading])[reading]
+            scores.append(dev_figures(job, found)[job.task.headline])
         job.encoded = choices[scores.index(max(scores))]
         return {"best_dev_p_at_1": max(scores), "prompts_tried": len(choices)}
 
@@ -199,13 +210,13 @@ class Experiment:
             members, first_row = [], 0
             for training in trainings:
                 job = training.job
-                members += [Member(example, first_row, job.number) for example in job.encoded.test]
+                members += [Member(example, first_row, job.number) for example in job.encoded.reported]
                 first_row += training.prompt.rows
             outcomes = stage.evaluate(members, table, self.config.scoring.evaluate_over)
             first = first_row = 0
             for training in trainings:
-                stop, last_row = first + len(training.job.encoded.test), first_row + training.prompt.rows
-                mine = {reading: outcome.of(slice(first, stop)) for reading, outcome in outcomes.items()}
+                stop, last_row = first + len(training.job.encoded.reported), first_row + training.prompt.rows
+                mine: Outcomes = {reading: found.of(slice(first, stop)) for reading, found in outcomes.items()}
                 self.finish_training(trainer, training, table[first_row:last_row], mine)
                 first, first_row = stop, last_row
 
@@ -213,16 +224,14 @@ class Experiment:
         trainer.fit()
         self.diverged |= trainer.diverged
 
-    def finish_training(
-        self, trainer: Trainer, training: Training, vectors: torch.Tensor, outcomes: dict[Reading, Outcome]
-    ) -> None:
+    def finish_training(self, trainer: Trainer, training: Training, vectors: torch.Tensor, outcomes: Outcomes) -> None:
         job, bank = training.job, trainer.bank
         writer = training.prompt.owner or 0
-        if job.method.trains_prompt and self.topology.rank == writer:
+        if training.prompt.rows and self.topology.rank == writer:
             about = {
                 "template": job.encoded.template.text,
                 "kind": self.host.kind,
-                "encoder": self.config.prompt.encoder,
+                "encoder": job.encoder or self.config.prompt.encoder,
                 "seed": job.seed,
                 "learning_rate": job.variant.learning_rate,
                 "backbone": self.host.fingerprint.as_dict(),
@@ -235,22 +244,27 @@ class Experiment:
             write_tuned_lm(self.host, self.topology, job.folder / "lm")
         extra: dict[str, Any] = {
             "best_epoch": training.selection.best_epoch,
-            "best_dev_p_at_1": training.selection.best,
+            f"best_dev_{job.task.headline}": training.selection.best,
             "steps": training.step,
             "parameters": bank.num_parameters(training.prompt) + self.host.weights.num_trained,
         }
-        if job.method.trains_prompt:
+        if training.prompt.rows:
             extra |= {"learning_rate": job.variant.learning_rate, "variant": job.variant.suffix.lstrip("-")}
         self.finish(job, outcomes, extra)
 
-    def finish(self, job: Job, outcomes: dict[Reading, Outcome], extra: dict[str, Any]) -> None:
+    def finish(self, job: Job, outcomes: Outcomes, extra: dict[str, Any]) -> None:
         """Write the job's result last of all, so that a job with a result is a finished one."""
         if not self.topology.is_main:
             return
+        if isinstance(job.task, PreparedSuperGlue):
+            found = outcomes["options"]
+            assert isinstance(found, OptionOutcome)
+            return finish_superglue(job, found, self.config, self.directory, self.monitor, extra)
+        assert isinstance(job.encoded, EncodedTask)
         data, template, folder = job.task.data, job.encoded.template.text, job.folder
-        figures = {reading: asdict(outcome.figures) for reading, outcome in outcomes.items()}
-        headline = self.config.scoring.select_on
-        predictions = self.predictions(job.encoded.test, outcomes[headline])
+        read = {reading: outcome for reading, outcome in outcomes.items() if isinstance(outcome, Outcome)}
+        figures = {reading: asdict(outcome.figures) for reading, outcome in read.items()}
+        predictions = self.predictions(job.encoded.test, read[self.config.scoring.select_on])
         write_whole(
             folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
         )
@@ -267,7 +281,7 @@ class Experiment:
         train = self.config.train
         rate = extra.get("learning_rate", train.learning_rate)
         rates = {"learning_rate": rate, "lm_learning_rate": train.lm_learning_rate}
-        trained = {"encoder": self.config.prompt.encoder, **rates}
+        trained = {"encoder": job.encoder or self.config.prompt.encoder, **rates}
         self.monitor.hyperparameters(job.name, {**settings, **trained}, {r: v["p_at_1"] for r, v in figures.items()})
         self.monitor.flush()
         write_json(
@@ -285,7 +299,8 @@ class Experiment:
                 "dropped": data.dropped,
                 "left_out": job.task.left_out,
                 "candidates": {
-                    reading: job.task.num_candidates(reading, self.host.vocabulary_size) for reading in figures
+                    reading: job.task.num_candidates(reading, self.host.vocabulary_size)
+                    for reading in self.config.scoring.evaluate_over
                 },
                 **extra,
             },

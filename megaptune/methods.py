@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 MethodName = Literal[
-    "manual", "manual_lpaqa", "manual_autoprompt", "finetune", "manual+finetune", "ptuning", "ptuning+finetune"
+    "manual",
+    "manual_lpaqa",
+    "manual_autoprompt",
+    "finetune",
+    "manual+finetune",
+    "prompt_tuning",
+    "ptuning",
+    "ptuning+finetune",
 ]
 PromptSet = Literal["lpaqa", "autoprompt"]
 """Prompts that others searched for each LAMA relation: LPAQA mined and paraphrased them (Jiang et al. 2020), AutoPrompt
@@ -14,12 +21,13 @@ chose their tokens by gradient (Shin et al. 2020)."""
 @dataclass(frozen=True)
 class Method:
     """label: in tables; prompt: the manual prompt, one of a set, the P-tuning template, or that template without
-    pseudo tokens."""
+    pseudo tokens; encoder: of the prompt, where it is not the configuration's."""
 
     label: str
     prompt: Literal["manual", "template", "bare"] | PromptSet
     trains_prompt: bool
     tunes_lm: bool
+    encoder: Literal["lstm", "mlp", "table"] | None = None
 
     @property
     def trains(self) -> bool:
@@ -32,6 +40,7 @@ METHODS: dict[MethodName, Method] = {
     "manual_autoprompt": Method("AutoPrompt", "autoprompt", trains_prompt=False, tunes_lm=False),
     "finetune": Method("FT", "bare", trains_prompt=False, tunes_lm=True),
     "manual+finetune": Method("manual + FT", "manual", trains_prompt=False, tunes_lm=True),
+    "prompt_tuning": Method("prompt tuning", "template", trains_prompt=True, tunes_lm=False, encoder="table"),
     "ptuning": Method("P-tuning", "template", trains_prompt=True, tunes_lm=False),
     "ptuning+finetune": Method("P-tuning + FT", "template", trains_prompt=True, tunes_lm=True),
 }

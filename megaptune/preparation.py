@@ -1,15 +1,17 @@
 """Everything that can go wrong before weights are read: configuration, data, templates, tokenizer, backbone folder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megaptune.backbone.description import BackboneDescription, describe_backbone, load_tokenizer
 from megaptune.backbone.embedded import embedded_folder, is_embedded
-from megaptune.config import Config, LamaTask
+from megaptune.config import Config, CustomTask, LamaTask
 from megaptune.examples import PreparedTask, prepare_task
 from megaptune.prompts.tokens import TokenForms
 from megaptune.run.monitor import Monitor
+from megaptune.superglue_examples import PreparedSuperGlue, SuperGlueData, load_superglue, prepare_superglue
 from megaptune.tasks.custom import load_custom
 from megaptune.tasks.lama import load_lama, read_word_list
 from megaptune.tasks.records import TaskData
@@ -22,7 +24,7 @@ class PreparedRun:
     config: Config
     backbone: BackboneDescription
     tokenizer: Any
-    tasks: list[PreparedTask]
+    tasks: Sequence[PreparedTask | PreparedSuperGlue]
 
     @property
     def pad_id(self) -> int:
@@ -42,16 +44,22 @@ def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
 
 
 def encode_tasks(
-    config: Config, tasks: list[TaskData], tokenizer: Any, backbone: BackboneDescription
-) -> list[PreparedTask]:
+    config: Config, tasks: Sequence[TaskData | SuperGlueData], tokenizer: Any, backbone: BackboneDescription
+) -> list[PreparedTask | PreparedSuperGlue]:
     """The tasks as the backbone sees them."""
     forms = TokenForms(tokenizer)
-    return [prepare_task(data, config, forms, backbone.kind, backbone.max_tokens) for data in tasks]
+    settings = config, forms, backbone.kind, backbone.max_tokens
+    return [
+        prepare_task(data, *settings) if isinstance(data, TaskData) else prepare_superglue(data, *settings)
+        for data in tasks
+    ]
 
 
-def load_tasks(config: Config) -> list[TaskData]:
-    """Every relation (or the one custom task) that the configuration asks for."""
+def load_tasks(config: Config) -> Sequence[TaskData | SuperGlueData]:
+    """Every relation or SuperGLUE task (or the one custom task) that the configuration asks for."""
     words = read_word_list(config.task.word_list) if config.task.word_list else None
     if isinstance(config.task, LamaTask):
         return load_lama(config.task, words, config.prompt_sets)
-    return [load_custom(config.task, words)]
+    if isinstance(config.task, CustomTask):
+        return [load_custom(config.task, words)]
+    return load_superglue(config)

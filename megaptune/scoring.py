@@ -64,7 +64,7 @@ class Scorer:
         """Losses [B] fp32 and ranks [B] of a batch, differentiable in all that is trained."""
         host, inputs = self.host, batch.inputs
         if isinstance(host, TunedHost):  # which trains one job at a time
-            labels = self._labels(batch.answers, self._sets(batch.answers, batch.jobs))
+            labels = self.labels(batch.answers, batch.jobs)
             return host.losses(inputs, table, labels, self.rows)
         if host.speed.answers_only:
             loss, rank, _ = self(host.features(inputs, table), batch.answers, batch.jobs)
@@ -75,6 +75,10 @@ class Scorer:
         loss, rank, _ = self(features.flatten(0, 1), answers, jobs)
         places = torch.arange(len(features), device=features.device) * features.shape[1] + inputs.answer_positions
         return loss[places], rank[places]
+
+    def labels(self, answers: Tensor, jobs: Tensor | None) -> Tensor:
+        """Token ids [B] as places among the candidates of their jobs."""
+        return self._labels(answers, self._sets(answers, jobs))
 
     def _sets(self, answers: Tensor, jobs: Tensor | None) -> Tensor:
         """The candidate set of each example [B]."""

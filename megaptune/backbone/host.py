@@ -21,7 +21,7 @@ from megaptune.backbone.description import BackboneDescription
 from megaptune.backbone.engine import start_engine, zero_init
 from megaptune.backbone.fingerprint import Fingerprint, probe_ids, rows_checksum
 from megaptune.backbone.frozen_linear import keep_no_inputs
-from megaptune.backbone.inputs import Inputs, Packed, Padded, pack, pad
+from megaptune.backbone.inputs import Inputs, Packed, Padded, Positions, pack, pad
 from megaptune.backbone.loading import DTYPES, load_divided
 from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
 from megaptune.backbone.packed_attention import Reading, cut_last_block, no_mask, read_packed
@@ -69,7 +69,8 @@ class PromptedBackbone(nn.Module):
         everywhere: bool = False,
         record: bool = False,
     ) -> Tensor:
-        """inputs, table [R, D] fp32 -> features [B, D]; of a padded batch ``everywhere`` [B, T, D], if wanted.
+        """inputs, table [R, D] fp32 -> features [B, D], or one for every position that is read; of a padded batch
+        ``everywhere`` [B, T, D], if wanted.
 
         :param kept: keys and values of a packed batch's contexts [L, 2, S, heads, P, head width].
         :param record: return keys and values of a packed batch's tokens instead [L, 2, heads, N, head width].
@@ -79,16 +80,23 @@ class PromptedBackbone(nn.Module):
             recorded: list[Tensor] | None = [] if record else None
             features = self.read_packed(embeds, inputs, kept, recorded)
             return features if recorded is None else torch.stack(recorded)
-        return self.read(embeds, inputs.attention_mask, None if everywhere else inputs.answer_positions)
+        return self.read(embeds, inputs.attention_mask, None if everywhere else inputs.answer_positions, inputs.rows)
 
-    def read(self, embeds: Tensor, attention_mask: Tensor | None, answer_positions: Tensor | None) -> Tensor:
-        """embeds [B, T, D] -> features [B, D]; without answer positions, of all [B, T, D]."""
+    def read(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        answer_positions: Tensor | None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """embeds [B, T, D] -> features [B, D]; without answer positions, of all [B, T, D]; ``rows`` as in Padded."""
         if self.reading is not None:
             self.reading.begin(None)
         output = self.body(inputs_embeds=embeds, attention_mask=attention_mask, **self.body_options)
         hidden = output.last_hidden_state  # [B, T, D]
         if answer_positions is not None:
-            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), answer_positions]
+            rows = torch.arange(hidden.shape[0], device=hidden.device) if rows is None else rows
+            hidden = hidden[rows, answer_positions]
         return hidden if self.readout is None else self.readout(hidden)
 
     def read_packed(
@@ -216,10 +224,13 @@ class BackboneHost:
         """Whether a saving asks for packed batches, which are read at the answers alone, and the family takes them."""
         return self.speed.packs and self.family in FAMILIES
 
-    def lay_out(self, slots: list[list[int]], answers: list[int], groups: list[int], pad_id: int) -> Inputs:
+    def lay_out(
+        self, slots: list[list[int]], answers: Positions, groups: list[int], pad_id: int, keeps: bool = True
+    ) -> Inputs:
         """Examples as this host reads them: packed where a saving asks for it and the family is known.
 
-        :param answers: each example's answer position. :param groups: as in :func:`pack`.
+        :param answers: each example's answer positions. :param groups: as in :func:`pack`.
+        :param keeps: whether kept contexts are used, instead of leads that the batch shares.
         """
         masked, speed = self.kind == "masked", self.speed
         if not self.packs:
@@ -230,14 +241,14 @@ class BackboneHost:
             groups,
             masked=masked,
             device=self.device,
-            contexts=None if self.contexts is None else self.contexts.lengths(slots),
+            contexts=self.contexts.lengths(slots) if self.contexts is not None and keeps else None,
             share_leads=speed.share_leading_tokens and not masked,
             pad_id=None if speed.packing else pad_id,
         )
 
     def features(self, inputs: Inputs, table: Tensor, everywhere: bool = False) -> Tensor:
-        """Features [B, D] that score the answers, or of a padded batch those of all positions [B, T, D];
-        differentiable in ``table`` [R, D] (fp32) only."""
+        """Features [B, D] that score the answers (one for every position that is read, in the order of the examples),
+        or of a padded batch those of all positions [B, T, D]; differentiable in ``table`` [R, D] (fp32) only."""
         kept = None
         if isinstance(inputs, Packed) and inputs.contexts is not None and self.contexts is not None:
             kept = self.contexts.gather(inputs.contexts)

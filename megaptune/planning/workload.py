@@ -13,7 +13,7 @@ from megaptune.backbone.architectures import FAMILIES, shard_plan
 from megaptune.backbone.context_cache import worth_keeping
 from megaptune.backbone.description import Kind, read_config
 from megaptune.backbone.loading import build_on_meta
-from megaptune.config import Config, Reading
+from megaptune.config import Config, Reading, SuperGlueTask
 from megaptune.methods import METHODS
 from megaptune.planning.activations import Activations, trace
 from megaptune.preparation import PreparedRun
@@ -66,23 +66,28 @@ class Workload:
     def assumed(cls, config: Config, kind: Kind, tokens: int, basis: str, words: int = 0) -> "Workload":
         """Without the data: inputs of ``tokens`` tokens, ``words`` single-token words in the word list."""
         counts: dict[Reading, int | None] = {"answers": 500, "word_list": words, "vocabulary": None}
-        rows = max(Template(text, kind).num_pseudo_tokens for text in config.templates)
+        if isinstance(config.task, SuperGlueTask):
+            patterns = [pattern for name in config.tasks for pattern in config.patterns[name].ptuning.values()]
+            texts = [pattern.text for pattern in patterns if kind in pattern.families]
+        else:
+            texts = config.templates
+        rows = max((Template(text, kind).num_pseudo_tokens for text in texts), default=0)
         relations = getattr(config.task, "relations", [""])
-        tasks = LAMA_RELATIONS if relations == "all" else len(relations)
+        tasks = len(config.tasks) or (LAMA_RELATIONS if relations == "all" else len(relations))
         return cls._of(config, rows, tokens, tokens, counts, basis, tasks)
 
     @classmethod
     def prepared(cls, run: PreparedRun) -> "Workload":
         """From a run's own data, its longest inputs and largest candidate sets."""
         tasks = [encoded for prepared in run.tasks for encoded in prepared.prompts]
-        train = [len(example.slots) for task in tasks for example in task.train]
-        other = [len(example.slots) for task in tasks for example in (*task.dev, *task.test)]
+        train = [example.length for task in tasks for example in task.train]
+        other = [example.length for task in tasks for example in (*task.dev, *task.test)]
         counts: dict[Reading, int | None] = {"vocabulary": None}
         for prepared in run.tasks:
             for reading, ids in prepared.candidates.items():
                 if ids is not None:
                     counts[reading] = max(counts.get(reading) or 0, len(ids))
-        rows = max(task.template.num_pseudo_tokens for task in tasks)
+        rows = max(task.rows for task in tasks)
         found = cls._of(
             run.config, rows, max(train or other), max(other), counts, "the data's longest inputs", len(run.tasks)
         )
@@ -92,7 +97,7 @@ class Workload:
         contexts: set[tuple[int, ...]] = set()
         for number, prepared in enumerate(run.tasks):
             for task in prepared.swept.values():
-                slots = [example.slots for example in (*task.train, *task.dev)]
+                slots = [e.inputs[0] for e in (*task.train, *task.dev) if len(e.inputs) == 1]
                 contexts.update(worth_keeping(slots, [number] * len(slots)))
         lengths = [len(context) for context in contexts]
         return replace(

@@ -53,10 +53,23 @@ class TableEncoder(nn.Module):
         return self.embedding.weight * 1.0
 
 
+class HeadEncoder(nn.Module):
+    """A linear layer's weights, one row a class, that start near nothing, as the heads of BERT's kind do."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self) -> Tensor:
+        """The table [R, D], fp32."""
+        return self.embedding.weight * 1.0
+
+
 def build_encoder(name: str, rows: int, width: int, dropout: float, seed: int) -> nn.Module:
     """An encoder with the same weights on every rank: they depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "lstm":
             return LstmEncoder(rows, width, dropout)
-        return {"mlp": MlpEncoder, "table": TableEncoder}[name](rows, width)
+        return {"mlp": MlpEncoder, "table": TableEncoder, "head": HeadEncoder}[name](rows, width)

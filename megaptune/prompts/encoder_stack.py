@@ -37,7 +37,7 @@ def encode(
     """
     into = outs or {}
     states = weights["embedding.weight"]
-    if kind == "table":
+    if kind in ("table", "head"):
         return states * 1.0
     if kind == "lstm":
         for layer in (0, 1):
@@ -54,9 +54,16 @@ class EncoderStack:
     """At most ``capacity`` encoders of ``rows`` rows; places 0 to ``count`` - 1 are taken."""
 
     def __init__(
-        self, rows: int, width: int, prompt: PromptConfig, train: TrainConfig, capacity: int, device: torch.device
+        self,
+        rows: int,
+        width: int,
+        prompt: PromptConfig,
+        train: TrainConfig,
+        capacity: int,
+        device: torch.device,
+        kind: str | None = None,
     ) -> None:
-        self.kind, self.rows, self.width = prompt.encoder, rows, width
+        self.kind, self.rows, self.width = kind or prompt.encoder, rows, width
         self.train, self.device, self.count = train, device, 0
         self.dropout = prompt.dropout
         with torch.device("meta"):

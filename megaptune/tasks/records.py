@@ -25,6 +25,11 @@ class Record:
     source: str
     subject: str = ""
 
+    @property
+    def told(self) -> str:
+        """What is right, for the console."""
+        return self.answer
+
 
 @dataclass(frozen=True)
 class TaskData:

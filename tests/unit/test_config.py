@@ -144,8 +144,8 @@ def test_missing_keys_are_named():
 
 
 def test_unknown_task_type_is_told_the_known_ones():
-    message = problems(with_keys(task={"type": "superglue"}))
-    assert "`task.type`: 'superglue' is not one of" in message
+    message = problems(with_keys(task={"type": "squad"}))
+    assert "`task.type`: 'squad' is not one of" in message
     assert "'lama'" in message
     assert "'custom'" in message
 

@@ -34,13 +34,15 @@ tasks.superglue         tasks.superglue.records  tasks.superglue.spans  tasks.su
 tasks.superglue.readers  tasks.superglue.loading  tasks.superglue.metrics  tasks.superglue.submission
 prompts                 prompts.tokens  prompts.shortening  prompts.template  prompts.verbalizer
 prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack  prompts.bank
-pattern_examples
-examples                batches  scoring  evaluation  jobs  training_report  training_state
+pattern_examples        option_examples  classifier_examples
+examples                superglue_examples  batches  scoring  option_scoring  evaluation
+jobs                    training_report  training_state
 trainer                 preparation
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
 results                 results.prompt_folder  results.lm_folder  results.table
+results.superglue_job   results.superglue_table  results.tables
 experiment              session
 cli                     train  __main__
 """
