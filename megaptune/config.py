@@ -15,7 +15,9 @@ from megaptune.errors import ConfigError
 from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
 from megaptune.patterns import USES, PatternBook, TaskName, Use
 
-Reading = Literal["answers", "word_list", "vocabulary"]
+Reading = str
+"""The candidates that an answer is compared with: one of READINGS, or the name of one of task.word_lists."""
+READINGS = ("answers", "word_list", "vocabulary")
 
 
 class Section(BaseModel):
@@ -58,6 +60,9 @@ class TaskConfig(Limits):
         "error", description="an answer that is not one token of the backbone: stop, or drop the record and count it"
     )
     word_list: Path | None = Field(None, description="words answers may be: .txt (one a line) or LAMA's .json lists")
+    word_lists: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Path] = Field(
+        {}, description="more readings, name: file; each compares the records whose answer it lists over its words"
+    )
 
 
 class LamaTask(TaskConfig):
@@ -156,9 +161,14 @@ class PromptConfig(Section):
 
 
 class ScoringConfig(Section):
-    train_over: Reading = Field("vocabulary", description="the softmax of the training loss")
+    train_over: Literal["answers", "word_list", "vocabulary"] = Field(
+        "vocabulary", description="the softmax of the training loss"
+    )
     evaluate_over: list[Reading] = Field(
-        ["answers", "vocabulary"], min_length=1, description="the candidate sets that test figures are given for"
+        ["answers", "vocabulary"],
+        min_length=1,
+        description="the candidate sets that test figures are given for: answers, word_list, vocabulary, or one of "
+        "task.word_lists",
     )
     select_on: Reading = Field("vocabulary", description="the reading for early stopping and the headline figure")
 
@@ -337,6 +347,13 @@ class Config(Section):
         wants_word_list = {*self.scoring.evaluate_over, self.scoring.train_over} & {"word_list"}
         if wants_word_list and self.task.word_list is None:
             problems.append("scoring reads over word_list, but task.word_list names no file")
+        named = list(self.task.word_lists) if isinstance(self.task, TaskConfig) else []
+        problems += [f"task.word_lists.{name} has the name of another reading" for name in named if name in READINGS]
+        problems += [
+            f"scoring.evaluate_over: {name!r} is no reading; expected {', '.join((*READINGS, *named))}"
+            for name in self.scoring.evaluate_over
+            if name not in (*READINGS, *named)
+        ]
         if self.scoring.select_on not in self.scoring.evaluate_over:
             problems.append(
                 f"scoring.select_on is {self.scoring.select_on!r}, which scoring.evaluate_over does not list"
@@ -464,6 +481,7 @@ INPUT_PATHS = (
     "task.lpaqa_prompts",
     "task.autoprompt_prompts",
     "task.word_list",
+    "task.word_lists",
     "task.train",
     "task.dev",
     "task.test",

@@ -1,10 +1,12 @@
 """A task as the backbone sees it: slots and labels for every record, and the candidate sets of every reading.
 
 A *reading* is the set of tokens that an answer is compared with: ``answers`` (all answers of this relation's train,
-dev and test records: the strict reading), ``word_list`` (the task's word list), ``vocabulary`` (every token).
+dev and test records: the strict reading), ``word_list`` (the task's word list), ``vocabulary`` (every token), or one of
+the task's further word lists by its name: that one counts only the records whose answer is on it.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -219,7 +221,8 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         name: [encode(text, ("dev", "test") if len(texts) > 1 else ("test",)) for text in texts]
         for name, texts in sets.items()
     }
-    candidates = _candidates(answers, data.word_list, verbalizer, forms)
+    candidates = _candidates(answers, data, verbalizer, forms)
+    _require_listed(data, candidates, config, verbalizer)
     return PreparedTask(data, candidates, manual, tuned, bare, swept, searched, left_out)
 
 
@@ -258,14 +261,33 @@ def _encode(
 
 
 def _candidates(
-    answers: set[str], word_list: list[str] | None, verbalizer: Verbalizer, forms: TokenForms
+    answers: set[str], data: TaskData, verbalizer: Verbalizer, forms: TokenForms
 ) -> dict[Reading, Tensor | None]:
     own = {verbalizer.token_of[word] for word in answers}
     candidates: dict[Reading, Tensor | None] = {"answers": torch.tensor(sorted(own)), "vocabulary": None}
-    if word_list is not None:
-        listed = set(Verbalizer.of(word_list, forms).token_of.values())
+    if data.word_list is not None:
+        listed = set(Verbalizer.of(data.word_list, forms).token_of.values())
         candidates["word_list"] = torch.tensor(sorted(listed | own))
+    for name, words in data.word_lists.items():
+        candidates[name] = torch.tensor(sorted(set(Verbalizer.of(words, forms).token_of.values())))
     return candidates
+
+
+def _require_listed(
+    data: TaskData, candidates: dict[Reading, Tensor | None], config: Config, verbalizer: Verbalizer
+) -> None:
+    """:raises DataError: a further word list has the answer of no record that a figure is wanted over."""
+    for name in data.word_lists.keys() & set(config.scoring.evaluate_over):
+        ids = candidates[name]
+        listed = set() if ids is None else set(ids.tolist())
+        chooses = name == config.scoring.select_on and any(METHODS[method].trains for method in config.methods)
+        wanted: tuple[Split, ...] = ("dev", "test") if chooses else ("test",)
+        for split in wanted:
+            if not any(verbalizer.token_of[record.answer] in listed for record in data.splits[split]):
+                raise DataError(
+                    f"{data.name}: task.word_lists.{name} has the answer of no {split} record; leave the relation or "
+                    "the list out"
+                )
 
 
 @dataclass(frozen=True)
@@ -283,15 +305,33 @@ class Baselines:
     shared_facts: float
 
 
-def baselines(data: TaskData) -> Baselines:
-    train, test = data.splits["train"], data.splits["test"]
+def baselines(data: TaskData, test: Sequence[Record] | None = None) -> Baselines:
+    """Of the test records, or of some of them."""
+    train = data.splits["train"]
+    test = data.splits["test"] if test is None else test
     total = len(test)
-    common = Counter(record.answer for record in train or test).most_common(1)[0][0]
+    common = commonest(data)
     seen = {record.answer for record in train}
     facts = {(record.subject, record.answer) for record in train}
     return Baselines(
         majority=sum(record.answer == common for record in test) / total,
         unseen=sum(record.answer not in seen for record in test) / total,
-        in_subject=sum(record.answer.casefold() in record.subject.casefold() for record in test) / total,
+        in_subject=sum(stands_in_subject(record) for record in test) / total,
         shared_facts=sum((record.subject, record.answer) in facts for record in test) / total,
     )
+
+
+def commonest(data: TaskData) -> str:
+    """The training split's commonest answer; the test split's, without one."""
+    return Counter(record.answer for record in data.splits["train"] or data.splits["test"]).most_common(1)[0][0]
+
+
+def stands_in_subject(record: Record) -> bool:
+    return record.answer.casefold() in record.subject.casefold()
+
+
+def easy(data: TaskData) -> list[bool]:
+    """Of each test record: can it be answered without knowing the fact, by the commonest answer or by copying from the
+    subject?"""
+    common = commonest(data)
+    return [record.answer == common or stands_in_subject(record) for record in data.splits["test"]]

@@ -6,9 +6,8 @@ again, so the same command continues an interrupted run.
 """
 
 import gc
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from megaptune.batches import Member
 from megaptune.config import Config, Reading
 from megaptune.errors import DivergedError, SetupError
 from megaptune.evaluation import Outcome, Outcomes
-from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
+from megaptune.examples import Example, PreparedTask
 from megaptune.jobs import Job, Training
 from megaptune.kernels import dispatch
 from megaptune.methods import METHODS, MethodName
 from megaptune.option_examples import OptionExample
 from megaptune.option_scoring import OptionOutcome, OptionScorer
 from megaptune.preparation import PreparedRun
+from megaptune.results.facts_job import finish_facts
 from megaptune.results.lm_folder import write_tuned_lm
 from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.superglue_job import finish_superglue
@@ -38,7 +38,6 @@ from megaptune.results.table import ResultsTable
 from megaptune.results.tables import read_table
 from megaptune.run import roll_call
 from megaptune.run.directory import RunDirectory
-from megaptune.run.files import write_json, write_whole
 from megaptune.run.grid import ProcessGrid
 from megaptune.run.monitor import Monitor
 from megaptune.run.stopping import StopRequest
@@ -260,60 +259,8 @@ class Experiment:
             found = outcomes["options"]
             assert isinstance(found, OptionOutcome)
             return finish_superglue(job, found, self.config, self.directory, self.monitor, extra)
-        assert isinstance(job.encoded, EncodedTask)
-        data, template, folder = job.task.data, job.encoded.template.text, job.folder
         read = {reading: outcome for reading, outcome in outcomes.items() if isinstance(outcome, Outcome)}
-        figures = {reading: asdict(outcome.figures) for reading, outcome in read.items()}
-        predictions = self.predictions(job.encoded.test, read[self.config.scoring.select_on])
-        write_whole(
-            folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        )
-        for reading, values in figures.items():
-            self.monitor.record("test", job.name, extra.get("steps", 0), {"reading": reading, **values})
-        shown = predictions[: self.config.monitor.sample_predictions]
-        rows = "\n".join(f"| {p['subject']} | {p['answer']} | {p['predicted']} | {p['rank']} |" for p in shown)
-        self.monitor.text(
-            job.name, "predictions", f"| subject | answer | predicted | rank |\n| --- | --- | --- | --- |\n{rows}"
-        )
-        self.monitor.text(job.name, "config", "```json\n" + self.config.model_dump_json(indent=2) + "\n```")
-        seed = -1 if job.seed is None else job.seed
-        settings = {"method": job.method_name, "task": data.name, "seed": seed, "template": template}
-        train = self.config.train
-        rate = extra.get("learning_rate", train.learning_rate)
-        rates = {"learning_rate": rate, "lm_learning_rate": train.lm_learning_rate}
-        trained = {"encoder": job.encoder or self.config.prompt.encoder, **rates}
-        self.monitor.hyperparameters(job.name, {**settings, **trained}, {r: v["p_at_1"] for r, v in figures.items()})
-        self.monitor.flush()
-        write_json(
-            folder / "result.json",
-            {
-                "task": data.name,
-                "label": data.label,
-                "type": data.type,
-                "method": job.method_name,
-                "seed": job.seed,
-                "template": template,
-                "test": figures,
-                "baselines": asdict(baselines(data)),
-                "counts": {split: len(records) for split, records in data.splits.items()},
-                "dropped": data.dropped,
-                "left_out": job.task.left_out,
-                "candidates": {
-                    reading: job.task.num_candidates(reading, self.host.vocabulary_size)
-                    for reading in self.config.scoring.evaluate_over
-                },
-                **extra,
-            },
-        )
-        line = "  ".join(f"{reading} {100 * values['p_at_1']:.1f}" for reading, values in figures.items())
-        self.monitor.say(f"{job.name}  test P@1: {line}")
-
-    def predictions(self, examples: list[Example], outcome: Outcome) -> list[dict[str, Any]]:
-        words = [self.prepared.tokenizer.decode([token]).strip() for token in outcome.prediction.tolist()]
-        return [
-            {"subject": e.record.subject, "answer": e.record.answer, "predicted": word, "rank": rank + 1}
-            for e, word, rank in zip(examples, words, outcome.rank.tolist(), strict=True)
-        ]
+        finish_facts(job, read, self.prepared, self.host.vocabulary_size, self.monitor, extra)
 
     def require_finite(self) -> None:
         """:raises DivergedError: naming the jobs that diverged, when all others have their results."""

@@ -66,6 +66,7 @@ class Workload:
     def assumed(cls, config: Config, kind: Kind, tokens: int, basis: str, words: int = 0) -> "Workload":
         """Without the data: inputs of ``tokens`` tokens, ``words`` single-token words in the word list."""
         counts: dict[Reading, int | None] = {"answers": 500, "word_list": words, "vocabulary": None}
+        counts |= dict.fromkeys(getattr(config.task, "word_lists", ()), words)
         if isinstance(config.task, SuperGlueTask):
             patterns = [pattern for name in config.tasks for pattern in config.patterns[name].ptuning.values()]
             texts = [pattern.text for pattern in patterns if kind in pattern.families]

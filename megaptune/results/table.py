@@ -19,6 +19,10 @@ from megaptune.run.files import read_json, write_json, write_whole
 
 CHOSEN = "dev's choice"
 """In averages over a sweep: every relation's variant that is the best on dev."""
+EASY = (
+    "*easy*: the answer is train's commonest or stands in the subject, so that no fact need be known to give it; "
+    "*hard*: all others."
+)
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,10 @@ class Row:
 class ResultsTable:
     """P@1 in per cent. Macro: mean over relations; micro: mean over test records. Gain: of P-tuning over manual."""
 
-    def __init__(self, results: list[dict[str, Any]], readings: list[Reading], seeds: list[int]) -> None:
-        self.results, self.readings = results, readings
+    def __init__(
+        self, results: list[dict[str, Any]], readings: list[Reading], seeds: list[int], headline: Reading = ""
+    ) -> None:
+        self.results, self.readings, self.headline = results, readings, headline
         there = {"manual", "ptuning", *(result["method"] for result in results)}
         self.methods = [name for name in METHODS if name in there]
         self.seeds = seeds
@@ -107,6 +113,7 @@ class ResultsTable:
             for task in tasks
             for variant in self.variants or [""]
             for reading in readings
+            if self._any_job(task, reading)
         ]
         groups = [("", tasks), *self._types(tasks)] if len(tasks) > 1 else []
         self.rows += [
@@ -115,12 +122,30 @@ class ResultsTable:
             for kind in ("macro", "micro")
             for variant in ([*self.variants, CHOSEN] if self.variants else [""])
             for reading in readings
+            if any(self._any_job(task, reading) for task in members)
         ]
 
     @classmethod
     def read(cls, run: Path, config: Config) -> "ResultsTable":
         files = sorted((run / "jobs").glob("*/*/result.json"), key=lambda file: _natural(file.parent))
-        return cls([read_json(file) for file in files], config.scoring.evaluate_over, config.run.seeds)
+        scoring = config.scoring
+        return cls([read_json(file) for file in files], scoring.evaluate_over, config.run.seeds, scoring.select_on)
+
+    def by_difficulty(self) -> "ResultsTable | None":
+        """The same of easy and hard facts under the headline reading, in the place of readings."""
+        results = []
+        for result in self.results:
+            parts = {name: part for name, part in result.get("difficulty", {}).items() if self.headline in part["test"]}
+            results.append(
+                {
+                    **result,
+                    "test": {name: part["test"][self.headline] for name, part in parts.items()},
+                    "baselines_of": {name: part["baselines"] for name, part in parts.items()},
+                    "candidates": dict.fromkeys(parts, result["candidates"][self.headline]),
+                }
+            )
+        table = ResultsTable(results, ["easy", "hard"], self.seeds)
+        return table if table.rows else None
 
     def _types(self, tasks: list[str]) -> list[tuple[str, list[str]]]:
         """Relations by type, where there are several types."""
@@ -129,13 +154,20 @@ class ResultsTable:
         found = [(f", type {name}", [task for task in tasks if types[task] == name]) for name in names]
         return found if len(names) > 1 else []
 
-    def _jobs(self, task: str, method: str, variant: str) -> list[dict[str, Any]]:
+    def _jobs(self, task: str, method: str, variant: str, reading: Reading) -> list[dict[str, Any]]:
         """A method that is not swept has the same jobs for every variant."""
         return [
             result
             for result in self.results
-            if result["task"] == task and result["method"] == method and result.get("variant", "") in ("", variant)
+            if (result["task"], result["method"]) == (task, method)
+            and result.get("variant", "") in ("", variant)
+            and reading in result["test"]
         ]
+
+    def _any_job(self, task: str, reading: Reading) -> dict[str, Any] | None:
+        """A result that has the reading; what it says of the task, all of them do."""
+        found = (result for result in self.results if result["task"] == task and reading in result["test"])
+        return next(found, None)
 
     def _dev_choice(self, task: str) -> str:
         """The variant whose prompts did best on dev, by the mean over seeds of each one's best epoch."""
@@ -151,15 +183,17 @@ class ResultsTable:
         return max(scores, key=lambda variant: scores[variant]) if scores else ""
 
     def _row(self, task: str, reading: Reading, variant: str) -> Row:
-        any_job = next(result for result in self.results if result["task"] == task)
+        any_job = self._any_job(task, reading)
+        assert any_job is not None
         by_method = {
-            method: Spread.of([job["test"][reading]["p_at_1"] for job in self._jobs(task, method, variant)])
+            method: Spread.of([job["test"][reading]["p_at_1"] for job in self._jobs(task, method, variant, reading)])
             for method in self.methods
         }
         scores = {method: spread for method, spread in by_method.items() if spread is not None}
-        base = any_job["baselines"]
+        base = any_job.get("baselines_of", {}).get(reading, any_job["baselines"])
         shares = base["majority"], base["unseen"], base["in_subject"]
-        count, candidates = any_job["counts"]["test"], any_job["candidates"][reading]
+        count = any_job["test"][reading].get("count", any_job["counts"]["test"])
+        candidates = any_job["candidates"][reading]
         choice = bool(variant) and variant == self.chosen[task]
         return Row(task, reading, candidates, count, scores, *shares, variant, choice)
 
@@ -175,13 +209,13 @@ class ResultsTable:
         scores: dict[MethodName, Spread] = {}
         fewer: dict[MethodName, int] = {}
         for method in self.methods:
-            there = [task for task in tasks if method not in self.left_out[task]]
+            there = [row.name for row in rows if method not in self.left_out[row.name]]
             per_seed = []
             for seed in self.seeds if METHODS[method].trains else [None]:
                 found = {
                     job["task"]: job["test"][reading]["p_at_1"]
                     for task in there
-                    for job in self._jobs(task, method, self.chosen[task] if variant == CHOSEN else variant)
+                    for job in self._jobs(task, method, self.chosen[task] if variant == CHOSEN else variant, reading)
                     if job["seed"] == seed
                 }
                 if there and len(found) == len(there):
@@ -235,13 +269,10 @@ class ResultsTable:
         return table
 
     def markdown(self) -> str:
-        words = 3 if self.variants else 2
-        rule = "|" + " --- |" * words + " ---: |" * (len(self.columns) - words)
-        lines = [" | ".join(("", *self.columns, "")).strip(), rule]
-        lines += [" | ".join(("", *self._cells(row), "")).strip() for row in self.rows]
         notes = (
             "Test P@1 in per cent, mean ± sample deviation over seeds, at the epoch that was best on dev. *answers*: "
-            "only the relation's own answers compete; *word_list*: the task's word list; *vocabulary*: every token. "
+            "only the relation's own answers compete; *word_list*: the task's word list; *vocabulary*: every token; "
+            "any other reading: the word list of that name, and the records whose answer is on it. "
             "*majority*: always the commonest training answer. *unseen*: test answers that no training record has. "
             "*in subject*: test answers that stand inside the subject. *FT*: the LM itself is tuned. *gain*: of "
             "P-tuning over manual."
@@ -255,7 +286,16 @@ class ResultsTable:
         ]
         if lost:
             notes += " A number in brackets is that of the relations averaged. " + ". ".join(lost) + "."
-        return "\n".join([*lines, "", notes, ""])
+        return "\n".join([*self.markdown_rows(), "", notes, ""])
+
+    def markdown_rows(self) -> list[str]:
+        words = 3 if self.variants else 2
+        rule = "|" + " --- |" * words + " ---: |" * (len(self.columns) - words)
+        return [
+            " | ".join(("", *self.columns, "")).strip(),
+            rule,
+            *(" | ".join(("", *self._cells(row), "")).strip() for row in self.rows),
+        ]
 
     def as_json(self) -> list[dict[str, Any]]:
         return [
@@ -277,8 +317,15 @@ class ResultsTable:
 
     def write(self, folder: Path) -> None:
         """results.json, results.md and the full figures of every job beside each other."""
-        write_json(folder / "results.json", {"table": self.as_json(), "jobs": self.results})
-        write_whole(folder / "results.md", self.markdown())
+        parts = self.by_difficulty()
+        tables = {"table": self.as_json(), "difficulty": [] if parts is None else parts.as_json()}
+        write_json(folder / "results.json", {**tables, "jobs": self.results})
+        text = self.markdown()
+        if parts is not None:
+            text += "\n".join(
+                ["", f"## Easy and hard facts ({self.headline})", "", EASY, "", *parts.markdown_rows(), ""]
+            )
+        write_whole(folder / "results.md", text)
 
 
 def _natural(folder: Path) -> tuple[int, str, str]:

@@ -99,14 +99,14 @@ def _record(row: dict[str, str], source: str) -> Record:
     return Record({**row, "subject": subject}, take(row, "obj_label", source), source, subject)
 
 
-def read_word_list(path: Path) -> list[str]:
+def read_word_list(path: Path, key: str = "task.word_list") -> list[str]:
     """The words answers may be, in file order without repeats.
 
     ``.txt`` holds one word a line. ``.json`` is P-tuning's ``29k-vocab.json``: lists per model name, the same words
-    in each, some with the byte-level mark of a leading space.
+    in each, some with the byte-level mark of a leading space. ``key`` names the list in an error.
     """
     if not path.is_file():
-        raise DataError(f"task.word_list: file not found: {path}")
+        raise DataError(f"{key}: file not found: {path}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

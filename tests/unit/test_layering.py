@@ -41,7 +41,7 @@ trainer                 preparation
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
-results                 results.prompt_folder  results.lm_folder  results.table
+results                 results.facts_job  results.prompt_folder  results.lm_folder  results.table
 results.superglue_job   results.superglue_table  results.tables
 experiment              session
 cli                     train  __main__
