@@ -195,6 +195,16 @@ class TrainConfig(Section):
     max_gradient_norm: float | None = Field(
         None, gt=0, description="clip the gradient at this norm: the encoder's and a tuned LM's, each its own"
     )
+    loss_position: Literal["answer", "before_answer"] = Field(
+        "answer",
+        description="of a causal LM: before_answer trains the output one token earlier than the one that is evaluated, "
+        "as the released LAMA code does by mistake",
+    )
+    lm_dropout: bool = Field(
+        False,
+        description="the LM's own dropout works on training batches although it is frozen, as in the released code; "
+        "jobs that train together then share masks, and the savings of `speed` that pack batches must be off",
+    )
     patience: int = Field(20, ge=0, description="stop after so many dev passes without a gain (a tie is one); 0: never")
 
 
@@ -376,6 +386,7 @@ class Config(Section):
         if isinstance(self.task, SuperGlueTask):
             problems += self._pattern_problems(self.task)
         problems += self._layout_problems()
+        problems += self._dropout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
             "methods": list(self.methods),
@@ -415,6 +426,18 @@ class Config(Section):
         if self.jobs.templates:
             problems.append("jobs.templates is for tasks with templates; a superglue task names task.ptuning patterns")
         return problems
+
+    def _dropout_problems(self) -> list[str]:
+        """What computes a block in another form than the family's own, or more than once, has no dropout in it."""
+        if not self.train.lm_dropout:
+            return []
+        speed, parallel = self.speed, self.parallel
+        packing = "packing", "share_leading_tokens", "cut_last_block", "context_cache", "compile_blocks"
+        wrong = [f"speed.{name}: false" for name in packing if getattr(speed, name)]
+        wrong += ["parallel.activation_checkpointing: false"] if parallel.activation_checkpointing else []
+        wrong += ["parallel.tensor_parallel: 1"] if parallel.tensor_parallel > 1 else []
+        wrong += ["a stated parallel.layout"] if parallel.layout == "auto" else []
+        return [f"train.lm_dropout needs {', '.join(wrong)}"] if wrong else []
 
     def _layout_problems(self) -> list[str]:
         if not self.tunes_lm:

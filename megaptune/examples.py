@@ -191,13 +191,13 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
 
     def encode(text: str, splits: tuple[Split, ...]) -> EncodedTask:
         template = Template(text, kind)
-        return EncodedTask(
-            template,
-            **{
-                split: _encode(data.splits[split] if split in splits else [], template, verbalizer, forms, max_tokens)
-                for split in SPLITS
-            },
+        train, dev, test = (
+            _encode(data.splits[split] if split in splits else [], template, verbalizer, forms, max_tokens)
+            for split in SPLITS
         )
+        if kind == "causal" and config.train.loss_position == "before_answer":
+            train = [_read_too_early(example) for example in train]
+        return EncodedTask(template, train, dev, test)
 
     prompts = {method.prompt for method in methods}
     manual = tuned = bare = None
@@ -258,6 +258,16 @@ def _encode(
             )
         examples.append(Example(prompt.slots, prompt.answer_position, verbalizer.token_of[record.answer], record))
     return examples
+
+
+def _read_too_early(example: Example) -> Example:
+    """A causal LM's example without its last token: the released code writes the label there, and the LM's loss shifts
+    labels once more, so that the output before it is trained."""
+    if len(example.slots) < 2:
+        raise DataError(
+            f"{example.record.source}: train.loss_position: before_answer needs inputs of two tokens or more"
+        )
+    return replace(example, slots=example.slots[:-1], answer_position=example.answer_position - 1)
 
 
 def _candidates(

@@ -7,6 +7,8 @@ that is checked on a probe input, so a family with another read-out is refused i
 B examples, T tokens, R table rows, D backbone width, V vocabulary.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,6 +220,21 @@ class BackboneHost:
 
     def start_engine(self, config: dict[str, Any]) -> Any:
         return start_engine(self.module, config, self.grid)
+
+    @contextlib.contextmanager
+    def dropout(self, seed: int | None) -> Iterator[None]:
+        """The model's own dropout at work within, with masks from ``seed``; None: none, as everywhere else."""
+        if seed is None:
+            yield
+            return
+        assert not self.packs, "the configuration's rules"
+        self.module.train()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            try:
+                yield
+            finally:
+                self.module.eval()
 
     @property
     def packs(self) -> bool:
