@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megaptune import config_files
 from megaptune.errors import ConfigError
-from megaptune.methods import METHODS, MethodName
+from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
 from megaptune.patterns import USES, PatternBook, TaskName, Use
 
-Reading = Literal["answers", "word_list", "vocabulary"]
+Reading = str
+"""The candidates that an answer is compared with: one of READINGS, or the name of one of task.word_lists."""
+READINGS = ("answers", "word_list", "vocabulary")
 
 
 class Section(BaseModel):
@@ -37,6 +39,9 @@ class BackboneConfig(Section):
     kind: Literal["auto", "causal", "masked"] = Field("auto", description="auto: from the folder's `architectures`")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the frozen weights; prompts are always fp32")
     verify: bool = Field(True, description="compare weight files with their recorded SHA-256, where one is recorded")
+    random_weights: int | None = Field(
+        None, ge=0, description="a control: draw all weights from this seed, so that the LM knows nothing"
+    )
 
 
 class Limits(Section):
@@ -55,6 +60,9 @@ class TaskConfig(Limits):
         "error", description="an answer that is not one token of the backbone: stop, or drop the record and count it"
     )
     word_list: Path | None = Field(None, description="words answers may be: .txt (one a line) or LAMA's .json lists")
+    word_lists: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Path] = Field(
+        {}, description="more readings, name: file; each compares the records whose answer it lists over its words"
+    )
 
 
 class LamaTask(TaskConfig):
@@ -63,6 +71,13 @@ class LamaTask(TaskConfig):
     type: Literal["lama"] = Field(description="LAMA T-REx in the official layout")
     root: Path = Field(description="folder with relations.jsonl and fact-retrieval/original/P*/")
     relations: list[str] | Literal["all"] = Field("all", description="relation ids such as P17, or all that are there")
+    lpaqa_prompts: Path | None = Field(
+        None,
+        description="rows of relation and template, for manual_lpaqa; default: prompts/LPAQA_relations.jsonl in root",
+    )
+    autoprompt_prompts: Path | None = Field(
+        None, description="the same for manual_autoprompt; default: prompts/AutoPrompt_relations.jsonl in root"
+    )
     multi_token_answers: Literal["error", "drop"] = Field(
         "drop", description="an answer that is not one token of the backbone: drop the record and count it, or stop"
     )
@@ -146,9 +161,14 @@ class PromptConfig(Section):
 
 
 class ScoringConfig(Section):
-    train_over: Reading = Field("vocabulary", description="the softmax of the training loss")
+    train_over: Literal["answers", "word_list", "vocabulary"] = Field(
+        "vocabulary", description="the softmax of the training loss"
+    )
     evaluate_over: list[Reading] = Field(
-        ["answers", "vocabulary"], min_length=1, description="the candidate sets that test figures are given for"
+        ["answers", "vocabulary"],
+        min_length=1,
+        description="the candidate sets that test figures are given for: answers, word_list, vocabulary, or one of "
+        "task.word_lists",
     )
     select_on: Reading = Field("vocabulary", description="the reading for early stopping and the headline figure")
 
@@ -174,6 +194,16 @@ class TrainConfig(Section):
     final_fraction: float = Field(0.0, ge=0, le=1, description="linear: the last step's share of learning_rate")
     max_gradient_norm: float | None = Field(
         None, gt=0, description="clip the gradient at this norm: the encoder's and a tuned LM's, each its own"
+    )
+    loss_position: Literal["answer", "before_answer"] = Field(
+        "answer",
+        description="of a causal LM: before_answer trains the output one token earlier than the one that is evaluated, "
+        "as the released LAMA code does by mistake",
+    )
+    lm_dropout: bool = Field(
+        False,
+        description="the LM's own dropout works on training batches although it is frozen, as in the released code; "
+        "jobs that train together then share masks, and the savings of `speed` that pack batches must be off",
     )
     patience: int = Field(20, ge=0, description="stop after so many dev passes without a gain (a tie is one); 0: never")
 
@@ -304,7 +334,8 @@ class Config(Section):
     methods: list[MethodName] = Field(
         ["manual", "ptuning"],
         min_length=1,
-        description="manual: zero-shot with the manual prompt; ptuning: a prompt trained against the frozen LM; "
+        description="manual: zero-shot with the manual prompt; manual_lpaqa, manual_autoprompt: with the prompts that "
+        "these found for LAMA (of several the best on dev); ptuning: a prompt trained against the frozen LM; "
         "prompt_tuning: the same with plain vectors for the encoder; finetune: the LM tuned on the template without "
         "pseudo tokens (SuperGLUE: under a classification head); manual+finetune, ptuning+finetune: LM tuned too",
     )
@@ -326,6 +357,13 @@ class Config(Section):
         wants_word_list = {*self.scoring.evaluate_over, self.scoring.train_over} & {"word_list"}
         if wants_word_list and self.task.word_list is None:
             problems.append("scoring reads over word_list, but task.word_list names no file")
+        named = list(self.task.word_lists) if isinstance(self.task, TaskConfig) else []
+        problems += [f"task.word_lists.{name} has the name of another reading" for name in named if name in READINGS]
+        problems += [
+            f"scoring.evaluate_over: {name!r} is no reading; expected {', '.join((*READINGS, *named))}"
+            for name in self.scoring.evaluate_over
+            if name not in (*READINGS, *named)
+        ]
         if self.scoring.select_on not in self.scoring.evaluate_over:
             problems.append(
                 f"scoring.select_on is {self.scoring.select_on!r}, which scoring.evaluate_over does not list"
@@ -338,9 +376,17 @@ class Config(Section):
             manual = next((name for name in self.methods if METHODS[name].prompt == "manual"), None)
             if manual and self.prompt.manual is None:
                 problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
+        if not isinstance(self.task, LamaTask):
+            problems += [
+                f"method {PROMPT_SETS[name]} has prompts for LAMA's relations only; write your own as prompt.manual"
+                for name in self.prompt_sets
+            ]
+        if self.backbone.random_weights is not None and not any(METHODS[name].trains for name in self.methods):
+            problems.append("backbone.random_weights is a control for what is trained; no method here trains anything")
         if isinstance(self.task, SuperGlueTask):
             problems += self._pattern_problems(self.task)
         problems += self._layout_problems()
+        problems += self._dropout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
             "methods": list(self.methods),
@@ -381,6 +427,18 @@ class Config(Section):
             problems.append("jobs.templates is for tasks with templates; a superglue task names task.ptuning patterns")
         return problems
 
+    def _dropout_problems(self) -> list[str]:
+        """What computes a block in another form than the family's own, or more than once, has no dropout in it."""
+        if not self.train.lm_dropout:
+            return []
+        speed, parallel = self.speed, self.parallel
+        packing = "packing", "share_leading_tokens", "cut_last_block", "context_cache", "compile_blocks"
+        wrong = [f"speed.{name}: false" for name in packing if getattr(speed, name)]
+        wrong += ["parallel.activation_checkpointing: false"] if parallel.activation_checkpointing else []
+        wrong += ["parallel.tensor_parallel: 1"] if parallel.tensor_parallel > 1 else []
+        wrong += ["a stated parallel.layout"] if parallel.layout == "auto" else []
+        return [f"train.lm_dropout needs {', '.join(wrong)}"] if wrong else []
+
     def _layout_problems(self) -> list[str]:
         if not self.tunes_lm:
             stage = self.parallel.zero_stage
@@ -395,6 +453,11 @@ class Config(Section):
     @property
     def tunes_lm(self) -> bool:
         return any(METHODS[name].tunes_lm for name in self.methods)
+
+    @property
+    def prompt_sets(self) -> list[PromptSet]:
+        """The sets of prompts that methods read."""
+        return [name for name, method in PROMPT_SETS.items() if method in self.methods]
 
     @property
     def learning_rates(self) -> list[float]:
@@ -438,7 +501,10 @@ INPUT_PATHS = (
     "backbone.path",
     "backbone.architecture",
     "task.root",
+    "task.lpaqa_prompts",
+    "task.autoprompt_prompts",
     "task.word_list",
+    "task.word_lists",
     "task.train",
     "task.dev",
     "task.test",

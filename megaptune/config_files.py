@@ -59,6 +59,9 @@ class PathResolver:
                 holder[name] = self.resolved(value, key, base)
             elif isinstance(holder, dict) and isinstance(value, list):
                 holder[name] = [self.resolved(v, key, base) if isinstance(v, str) else v for v in value]
+            elif isinstance(holder, dict) and isinstance(value, dict):
+                found = {n: self.resolved(v, f"{key}.{n}", base) if isinstance(v, str) else v for n, v in value.items()}
+                holder[name] = found
 
     def resolved(self, value: str, key: str, base: Path) -> str:
         if self.keep(value) or (self.unset and unset_variable(value)):

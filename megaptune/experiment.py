@@ -6,8 +6,8 @@ again, so the same command continues an interrupted run.
 """
 
 import gc
-import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from megaptune.backbone.host import BackboneHost
 from megaptune.backbone.tuned_host import TunedHost
 from megaptune.backbone.weight_files import verify_checksums
 from megaptune.batches import Member
-from megaptune.config import Config
+from megaptune.config import Config, Reading
 from megaptune.errors import DivergedError, SetupError
 from megaptune.evaluation import Outcome, Outcomes
-from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
+from megaptune.examples import Example, PreparedTask
 from megaptune.jobs import Job, Training
 from megaptune.kernels import dispatch
 from megaptune.methods import METHODS, MethodName
+from megaptune.option_examples import OptionExample
 from megaptune.option_scoring import OptionOutcome, OptionScorer
 from megaptune.preparation import PreparedRun
+from megaptune.results.facts_job import finish_facts
 from megaptune.results.lm_folder import write_tuned_lm
 from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.superglue_job import finish_superglue
@@ -36,14 +38,13 @@ from megaptune.results.table import ResultsTable
 from megaptune.results.tables import read_table
 from megaptune.run import roll_call
 from megaptune.run.directory import RunDirectory
-from megaptune.run.files import write_json, write_whole
 from megaptune.run.grid import ProcessGrid
 from megaptune.run.monitor import Monitor
 from megaptune.run.stopping import StopRequest
 from megaptune.run.topology import Topology, agree, on_main
 from megaptune.scoring import Scorer
 from megaptune.superglue_examples import EncodedOptions, PreparedSuperGlue
-from megaptune.trainer import Stage, Trainer
+from megaptune.trainer import Stage, Trainer, dev_figures
 
 
 @dataclass
@@ -116,6 +117,8 @@ class Experiment:
         for task in self.prepared.tasks:
             for name in methods:
                 method = METHODS[name]
+                if name in task.left_out:
+                    continue
                 for variant in task.variants(method, self.config):
                     encoded = task.encoded(method, variant.template)
                     for seed in self.config.run.seeds if method.trains else [None]:
@@ -173,13 +176,31 @@ class Experiment:
         training = [job for job in jobs if job.seed is not None]
         for job in zero_shot:
             self.monitor.rewind({job.name: 0})
-            nothing = torch.zeros(0, self.host.width, device=self.host.device)
-            members = [Member(example, 0, job.number) for example in job.encoded.reported]
-            self.finish(job, stage.evaluate(members, nothing, self.config.scoring.evaluate_over), {})
+            extra = self.choose_prompt(job, stage)
+            self.finish(job, self.zero_shot(job, job.encoded.reported, stage, self.config.scoring.evaluate_over), extra)
         if training:
             self.train(training, stage, self.directory.path / "checkpoints")
         else:
             roll_call.mark("training")  # no step will come
+
+    def zero_shot(
+        self, job: Job, examples: Sequence[Example | OptionExample], stage: Stage, readings: list[Reading]
+    ) -> Outcomes:
+        nothing = torch.zeros(0, self.host.width, device=self.host.device)
+        return stage.evaluate([Member(example, 0, job.number) for example in examples], nothing, readings)
+
+    def choose_prompt(self, job: Job, stage: Stage) -> dict[str, Any]:
+        """Of several prompts the job takes the one that is best on dev, the first of equals."""
+        choices = job.task.alternatives(job.method) if isinstance(job.task, PreparedTask) else []
+        if len(choices) < 2:
+            return {}
+        reading = self.config.scoring.select_on
+        scores = []
+        for choice in choices:
+            found = self.zero_shot(job, choice.dev, stage, [reading])[reading]
+            scores.append(dev_figures(job, found)[job.task.headline])
+        job.encoded = choices[scores.index(max(scores))]
+        return {"best_dev_p_at_1": max(scores), "prompts_tried": len(choices)}
 
     def train(self, jobs: list[Job], stage: Stage, checkpoints: Path) -> None:
         """Prompts, the LM or both, as the methods say."""
@@ -238,59 +259,8 @@ class Experiment:
             found = outcomes["options"]
             assert isinstance(found, OptionOutcome)
             return finish_superglue(job, found, self.config, self.directory, self.monitor, extra)
-        assert isinstance(job.encoded, EncodedTask)
-        data, template, folder = job.task.data, job.encoded.template.text, job.folder
         read = {reading: outcome for reading, outcome in outcomes.items() if isinstance(outcome, Outcome)}
-        figures = {reading: asdict(outcome.figures) for reading, outcome in read.items()}
-        predictions = self.predictions(job.encoded.test, read[self.config.scoring.select_on])
-        write_whole(
-            folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        )
-        for reading, values in figures.items():
-            self.monitor.record("test", job.name, extra.get("steps", 0), {"reading": reading, **values})
-        shown = predictions[: self.config.monitor.sample_predictions]
-        rows = "\n".join(f"| {p['subject']} | {p['answer']} | {p['predicted']} | {p['rank']} |" for p in shown)
-        self.monitor.text(
-            job.name, "predictions", f"| subject | answer | predicted | rank |\n| --- | --- | --- | --- |\n{rows}"
-        )
-        self.monitor.text(job.name, "config", "```json\n" + self.config.model_dump_json(indent=2) + "\n```")
-        seed = -1 if job.seed is None else job.seed
-        settings = {"method": job.method_name, "task": data.name, "seed": seed, "template": template}
-        train = self.config.train
-        rate = extra.get("learning_rate", train.learning_rate)
-        rates = {"learning_rate": rate, "lm_learning_rate": train.lm_learning_rate}
-        trained = {"encoder": job.encoder or self.config.prompt.encoder, **rates}
-        self.monitor.hyperparameters(job.name, {**settings, **trained}, {r: v["p_at_1"] for r, v in figures.items()})
-        self.monitor.flush()
-        write_json(
-            folder / "result.json",
-            {
-                "task": data.name,
-                "label": data.label,
-                "type": data.type,
-                "method": job.method_name,
-                "seed": job.seed,
-                "template": template,
-                "test": figures,
-                "baselines": asdict(baselines(data)),
-                "counts": {split: len(records) for split, records in data.splits.items()},
-                "dropped": data.dropped,
-                "candidates": {
-                    reading: job.task.num_candidates(reading, self.host.vocabulary_size)
-                    for reading in self.config.scoring.evaluate_over
-                },
-                **extra,
-            },
-        )
-        line = "  ".join(f"{reading} {100 * values['p_at_1']:.1f}" for reading, values in figures.items())
-        self.monitor.say(f"{job.name}  test P@1: {line}")
-
-    def predictions(self, examples: list[Example], outcome: Outcome) -> list[dict[str, Any]]:
-        words = [self.prepared.tokenizer.decode([token]).strip() for token in outcome.prediction.tolist()]
-        return [
-            {"subject": e.record.subject, "answer": e.record.answer, "predicted": word, "rank": rank + 1}
-            for e, word, rank in zip(examples, words, outcome.rank.tolist(), strict=True)
-        ]
+        finish_facts(job, read, self.prepared, self.host.vocabulary_size, self.monitor, extra)
 
     def require_finite(self) -> None:
         """:raises DivergedError: naming the jobs that diverged, when all others have their results."""
@@ -306,7 +276,8 @@ class Experiment:
         extras = ", offload to " + parallel.offload if parallel.offload != "none" else ""
         extras += ", activations recomputed" if parallel.activation_checkpointing else ""
         extras += ", blocks compiled" if host.speed.compile_blocks else ""
-        train = config.train
+        seed, train = config.backbone.random_weights, config.train
+        drawn = "" if seed is None else f", weights drawn from seed {seed}"
         together = config.jobs_at_once(len(self.prepared.tasks))
         union = train.global_batch * together
         micro = min(train.micro_batch, union)
@@ -315,7 +286,7 @@ class Experiment:
         idle = f", {replicas - pieces} replicas idle: lower train.micro_batch" if pieces < replicas else ""
         kernels = ", ".join(f"{op} {how}" for op, how in dispatch.describe().items())
         self.monitor.say(
-            f"backbone   {host.folder.name}: {host.family}, {host.kind}, {config.backbone.dtype}, "
+            f"backbone   {host.folder.name}{drawn}: {host.family}, {host.kind}, {config.backbone.dtype}, "
             f"{host.num_parameters:,} {'tuned' if host.trained else 'frozen'} parameters\n"
             f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}) = {host.grid.replicas} "
             f"replicas x {host.grid.shards} tensor parallel, ZeRO {host.zero_stage}{extras}, {host.device.type}, "
@@ -336,7 +307,7 @@ def _load(prepared: PreparedRun, grid: ProcessGrid, topology: Topology, tuned: b
 
 def _check_files(prepared: PreparedRun, directory: RunDirectory) -> None:
     """Before weights are read: are they whole, and those that the run directory knows?"""
-    folder = prepared.backbone.folder
-    if prepared.config.backbone.verify:
+    folder, settings = prepared.backbone.folder, prepared.config.backbone
+    if settings.verify and settings.random_weights is None:
         verify_checksums(folder)
-    directory.check_backbone(rows_checksum(folder))
+    directory.check_backbone(rows_checksum(folder, settings.random_weights))

@@ -210,7 +210,8 @@ class Trainer:
         pieces = micro_batches(lengths, range(len(members)), train.micro_batch, by_length, train.micro_tokens)
         for piece in rounds(pieces, grid.replica, grid.replicas):
             mine = [members[index] for index in piece]
-            losses, ranks, weights = self.stage.losses(mine, leaf, members[0])
+            with self.host.dropout(self.dropout_seed(piece)):
+                losses, ranks, weights = self.stage.losses(mine, leaf, members[0])
             where = torch.tensor([place[member.job] for member in mine or members[:1]], device=self.host.device)
             share = weights / torch.tensor(counts, device=self.host.device).clamp(min=1)[where]
             leaf.grad = None
@@ -224,6 +225,13 @@ class Trainer:
                                      float(bool(self.stage.stop)))  # fmt: skip
         loss, hits, examples, tokens = figures[:-1].view(-1, 4).T.tolist()
         return total, StepSums(loss, hits, examples, tokens, float(figures[-1]))
+
+    def dropout_seed(self, piece: list[int]) -> int | None:
+        """Of a micro-batch, which is cut alike on every layout."""
+        if not self.config.train.lm_dropout:
+            return None
+        seed = self.active[0].job.seed or 0
+        return hash((seed, self.step, min(piece, default=0))) % 2**63
 
     def pieces_of_rows(self, pieces: list[list[int]], members: list[Member]) -> list[int]:
         """In how many micro-batches each row of the table occurs."""

@@ -7,6 +7,8 @@ that is checked on a probe input, so a family with another read-out is refused i
 B examples, T tokens, R table rows, D backbone width, V vocabulary.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +176,11 @@ class BackboneHost:
         if self.family in FAMILIES:
             init = zero_init(config, grid, DTYPES[dtype], self.trained) if self.zero_stage == 3 else None
             model, self.load_report = load_divided(
-                self.folder, self.kind, dtype, grid, device, init, trainable=self.trained
+                self.folder, self.kind, dtype, grid, device, init, self.trained, description.random_seed
+            )
+        elif description.random_seed is not None:
+            raise BackboneError(
+                f"backbone.random_weights is not available for {self.family!r}, only for {', '.join(FAMILIES)}"
             )
         else:
             model, self.load_report, probe = load_whole(self.folder, self.kind, dtype, device)
@@ -201,7 +207,8 @@ class BackboneHost:
         )
         if probe is not None:
             self._check_probe(*probe)
-        rows = agree(rows_checksum(self.folder) if grid.replica == grid.shard == 0 else None)
+        first = grid.replica == grid.shard == 0
+        rows = agree(rows_checksum(self.folder, description.random_seed) if first else None)
         self.fingerprint = Fingerprint(rows, probe_scores(self), dtype)
         self.contexts: ContextCache | None = None
 
@@ -213,6 +220,21 @@ class BackboneHost:
 
     def start_engine(self, config: dict[str, Any]) -> Any:
         return start_engine(self.module, config, self.grid)
+
+    @contextlib.contextmanager
+    def dropout(self, seed: int | None) -> Iterator[None]:
+        """The model's own dropout at work within, with masks from ``seed``; None: none, as everywhere else."""
+        if seed is None:
+            yield
+            return
+        assert not self.packs, "the configuration's rules"
+        self.module.train()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            try:
+                yield
+            finally:
+                self.module.eval()
 
     @property
     def packs(self) -> bool:

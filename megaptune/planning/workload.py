@@ -66,6 +66,7 @@ class Workload:
     def assumed(cls, config: Config, kind: Kind, tokens: int, basis: str, words: int = 0) -> "Workload":
         """Without the data: inputs of ``tokens`` tokens, ``words`` single-token words in the word list."""
         counts: dict[Reading, int | None] = {"answers": 500, "word_list": words, "vocabulary": None}
+        counts |= dict.fromkeys(getattr(config.task, "word_lists", ()), words)
         if isinstance(config.task, SuperGlueTask):
             patterns = [pattern for name in config.tasks for pattern in config.patterns[name].ptuning.values()]
             texts = [pattern.text for pattern in patterns if kind in pattern.families]
@@ -150,12 +151,13 @@ class Tensor:
 
 
 class Shapes:
-    """A backbone's shapes, from its config.json alone."""
+    """A backbone's shapes, from its config.json alone. ``drawn``: its weights are not those of its files."""
 
-    def __init__(self, folder: Path, kind: Kind, dtype: str) -> None:
+    def __init__(self, folder: Path, kind: Kind, dtype: str, drawn: bool = False) -> None:
         self.folder, self.kind, self.dtype = folder, kind, dtype
         stored = str(getattr(read_config(folder), "dtype", None) or "float32").removeprefix("torch.")
-        self.mapped = stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]  # files hold what memory holds
+        # Whether files hold what memory holds.
+        self.mapped = not drawn and stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
         self.model, self.config = build_on_meta(folder, kind, dtype)
         self.family: str = self.config.model_type
         embedding = self.model.get_input_embeddings().weight

@@ -24,7 +24,7 @@ backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
 backbone.embedded       backbone.zero_config
 run.preflight
 kernels                 backbone.frozen_linear  backbone.fingerprint  backbone.tensor_parallel
-backbone.loading        backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
+backbone.random_weights  backbone.loading  backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
 backbone.inputs         backbone.packed_attention  backbone.compiled  backbone.context_files  backbone.context_cache
 backbone.engine         backbone.host
 backbone.weight_pieces  backbone.tuned_weights  backbone.tuned_host
@@ -41,7 +41,7 @@ trainer                 preparation
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
-results                 results.prompt_folder  results.lm_folder  results.table
+results                 results.facts_job  results.prompt_folder  results.lm_folder  results.table
 results.superglue_job   results.superglue_table  results.tables
 experiment              session
 cli                     train  __main__

@@ -1,0 +1,108 @@
+"""What a finished job on facts leaves: its figures under every reading, and a line for every prediction."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from megaptune.config import Reading
+from megaptune.evaluation import Outcome
+from megaptune.examples import EncodedTask, PreparedTask, baselines, easy
+from megaptune.jobs import Job
+from megaptune.preparation import PreparedRun
+from megaptune.run.files import write_json, write_whole
+from megaptune.run.monitor import Monitor
+
+
+def finish_facts(
+    job: Job,
+    outcomes: dict[Reading, Outcome],
+    run: PreparedRun,
+    vocabulary_size: int,
+    monitor: Monitor,
+    extra: dict[str, Any],
+) -> None:
+    """Write all of it, the result last; ``outcomes`` are those of the test examples."""
+    task, encoded, config = job.task, job.encoded, run.config
+    assert isinstance(task, PreparedTask)
+    assert isinstance(encoded, EncodedTask)
+    data, template, folder = task.data, encoded.template.text, job.folder
+    figures = {reading: asdict(outcome.figures) for reading, outcome in outcomes.items()}
+    lines = _predictions(encoded, outcomes[config.scoring.select_on], run.tokenizer)
+    write_whole(folder / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for reading, values in figures.items():
+        monitor.record("test", job.name, extra.get("steps", 0), {"reading": reading, **values})
+    shown = lines[: config.monitor.sample_predictions]
+    rows = "\n".join(f"| {p['subject']} | {p['answer']} | {p['predicted']} | {p['rank']} |" for p in shown)
+    monitor.text(job.name, "predictions", f"| subject | answer | predicted | rank |\n| --- | --- | --- | --- |\n{rows}")
+    monitor.text(job.name, "config", "```json\n" + config.model_dump_json(indent=2) + "\n```")
+    train, seed = config.train, -1 if job.seed is None else job.seed
+    rate = extra.get("learning_rate", train.learning_rate)
+    settings = {"method": job.method_name, "task": data.name, "seed": seed, "template": template}
+    settings |= {"encoder": job.encoder or config.prompt.encoder}
+    settings |= {"learning_rate": rate, "lm_learning_rate": train.lm_learning_rate}
+    monitor.hyperparameters(job.name, settings, {r: v["p_at_1"] for r, v in figures.items()})
+    monitor.flush()
+    write_json(
+        folder / "result.json",
+        {
+            "task": data.name,
+            "label": data.label,
+            "type": data.type,
+            "method": job.method_name,
+            "seed": job.seed,
+            "template": template,
+            "test": figures,
+            "baselines": asdict(baselines(data)),
+            "baselines_of": _baselines_of(encoded, outcomes, task),
+            "difficulty": _by_difficulty(outcomes, task),
+            "counts": {split: len(records) for split, records in data.splits.items()},
+            "dropped": data.dropped,
+            "left_out": task.left_out,
+            "candidates": {reading: task.num_candidates(reading, vocabulary_size) for reading in outcomes},
+            **extra,
+        },
+    )
+    line = "  ".join(f"{reading} {100 * values['p_at_1']:.1f}" for reading, values in figures.items())
+    monitor.say(f"{job.name}  test P@1: {line}")
+
+
+def _predictions(encoded: EncodedTask, outcome: Outcome, tokenizer: Any) -> list[dict[str, Any]]:
+    """Rank 1 is a hit; None where the answer is no candidate."""
+    words = [tokenizer.decode([token]).strip() for token in outcome.prediction.tolist()]
+    return [
+        {
+            "subject": example.record.subject,
+            "answer": example.record.answer,
+            "predicted": word,
+            "rank": rank + 1 if rank >= 0 else None,
+        }
+        for example, word, rank in zip(encoded.test, words, outcome.rank.tolist(), strict=True)
+    ]
+
+
+def _baselines_of(
+    encoded: EncodedTask, outcomes: dict[Reading, Outcome], task: PreparedTask
+) -> dict[Reading, dict[str, float]]:
+    """The baselines of readings that do not count every test record."""
+    found = {}
+    for reading, outcome in outcomes.items():
+        counted = (outcome.rank >= 0).tolist()
+        if not all(counted):
+            records = [e.record for e, counts in zip(encoded.test, counted, strict=True) if counts]
+            found[reading] = asdict(baselines(task.data, records))
+    return found
+
+
+def _by_difficulty(outcomes: dict[Reading, Outcome], task: PreparedTask) -> dict[str, dict[str, Any]]:
+    """Figures of the easy and of the hard test records, under every reading that has some."""
+    flags = torch.tensor(easy(task.data))
+    found: dict[str, dict[str, Any]] = {}
+    for part, members in (("easy", flags), ("hard", ~flags)):
+        figures = {reading: outcome.of(members).figures for reading, outcome in outcomes.items()}
+        records = [r for r, is_member in zip(task.data.splits["test"], members.tolist(), strict=True) if is_member]
+        if records:
+            counted = {reading: asdict(values) for reading, values in figures.items() if values.count}
+            found[part] = {"test": counted, "baselines": asdict(baselines(task.data, records))}
+    return found
