@@ -42,6 +42,9 @@ planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
 results                 results.prompt_folder  results.lm_folder  results.table
 experiment              session
+report                  report.labels  report.runs  report.scores  report.paper  report.blocks  report.provenance
+report.plots            report.facts  report.superglue  report.variance  report.learning  report.long_form
+report.document         report.command
 cli                     train  __main__
 """
 ORDER = LAYERS.split()
