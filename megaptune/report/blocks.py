@@ -86,7 +86,7 @@ class Plot:
         data = base64.b64encode(png).decode()
         title = html.escape(self.title, quote=True)
         return (
-            f'<figure><img alt="{title}" src="data:image/png;base64,{data}"><figcaption>{title}</figcaption></figure>'
+            f'<figure><img alt="{title}" src="data:image/png;base64,{data}"/><figcaption>{title}</figcaption></figure>'
         )
 
 

@@ -42,7 +42,7 @@ class Document:
         return "\n\n".join([*parts, f"megaptune {__version__}"]) + "\n"
 
     def html(self) -> str:
-        """One file with everything in it: no script, no link to anywhere else."""
+        """One file with everything in it: no script, no link to anywhere else; well-formed as XML too."""
         title = html.escape(self.title)
         style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
         links = "".join(f'<a href="#part-{n}">{html.escape(s.title)}</a>' for n, s in enumerate(self.sections))
@@ -53,8 +53,8 @@ class Document:
             for number, section in enumerate(self.sections)
         )
         return (
-            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>\n{style}</style></head>\n'
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>{title}</title>\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"/><style>\n{style}</style></head>\n'
             f"<body><h1>{title}</h1><nav>{links}</nav>\n{body}\n"
             f"<footer><p>megaptune {__version__}</p></footer></body></html>\n"
         )

@@ -75,7 +75,7 @@ def _paper_table(scores: list[Scores]) -> Table:
         rows.append(row)
     rows.append(["gain of P-tuning over manual", *_gains(scores), *[""] * len(models)])
     marks = "; ".join(f"*{mark}*: {meaning}" for mark, meaning in paper().marks.items())
-    legend = f"The paper's figures (first version) are macro averages over 41 relations; {marks}."
+    legend = f"The paper's figures (first version) are averages over 41 relations; {marks}."
     counts = [f"*{one.run.name}*: {_size(one)}" for one in scores]
     return Table("LAMA: P@1 by prompt type", columns, rows, [legend, *counts, *notes([s.run for s in scores])])
 
@@ -185,7 +185,7 @@ def _merged(numbers: list[int | None]) -> str:
 
 
 def _text(cell: Cell | None) -> str:
-    return "" if cell is None else str(cell)
+    return "–" if cell is None else str(cell)
 
 
 # -- plots ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ def _of_run(run: Run, jobs: list[JobRecord], name: str) -> list[Block]:
     tasks = list(dict.fromkeys(job.task for job in jobs))
     metric = dev_metric(run)
     share = metric != "loss"
-    shown = f"dev {metric}, per cent" if share else "dev loss"
+    called = "dev " + {"p_at_1": "P@1"}.get(metric, metric)
+    shown = f"{called}, per cent" if share else called
     by_epoch = all(run.curves[job.name].steps_per_epoch for job in jobs)
 
     def tracks(mine: list[JobRecord], points_of: Callable[[Curve], Points]) -> list[plots.Track]:
@@ -52,7 +53,7 @@ def _of_run(run: Run, jobs: list[JobRecord], name: str) -> list[Block]:
         return plots.panels(
             [
                 plots.Panel(f"training loss, {over}", "epoch" if by_epoch else "step", "loss", loss, percent=False),
-                plots.Panel(f"dev {metric}, {over}", "epoch", shown, dev, percent=share),
+                plots.Panel(f"{called}, {over}", "epoch", shown, dev, percent=share),
             ]
         )
 

@@ -81,11 +81,13 @@ def bars(groups: Sequence[str], series: Sequence[Series], axis: str) -> bytes:
     for place, one in enumerate(series):
         at = [index + (place - (len(series) - 1) / 2) * height for index in range(len(groups))]
         there = [(y, spread) for y, spread in zip(at, one.values, strict=True) if spread is not None]
+        if not there:
+            continue
         axes.barh(
             [y for y, _ in there],
             [100 * spread.mean for _, spread in there],
             height,
-            xerr=[0.0 if math.isnan(spread.deviation) else 100 * spread.deviation for _, spread in there],
+            xerr=[100 * spread.deviation for _, spread in there],
             label=one.label,
             color=colour(one.method),
             hatch=HATCHES[one.run % len(HATCHES)],
@@ -119,6 +121,9 @@ def panels(listed: Sequence[Panel], across: int = 2) -> bytes:
                 [m + d for m, d in zip(means, sd, strict=True)],
             )
             axes.fill_between(xs, low, high, color=look["color"], alpha=0.18, linewidth=0)
+        if panel.percent:
+            axes.set_ylim(0, max(5.0, axes.get_ylim()[1]))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(panel.title, fontsize=9)
         axes.set_xlabel(panel.x, fontsize=8)
         axes.set_ylabel(panel.y, fontsize=8)

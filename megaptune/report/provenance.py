@@ -83,7 +83,8 @@ def missing(runs: list[Run]) -> list[str]:
     for run in runs:
         for problem in run.problems:
             lines.append(f"*{run.name}*: {problem}")
-        if run.state.get("reason"):
+        told = any(job.status == "diverged" for job in run.jobs)  # with the reason, below
+        if run.state.get("reason") and not told:
             lines.append(f"*{run.name}*: {status(run)}: {' '.join(str(run.state['reason']).split())}")
         if not run.state:
             lines.append(f"*{run.name}*: no state.json; the run ended before its first job, or the file was lost")
@@ -92,8 +93,8 @@ def missing(runs: list[Run]) -> list[str]:
             if job.status in ("not started", "in training") and not job.note:
                 together.setdefault((job.status, job.method), []).append(job.name)
             else:
-                told = f": {job.note}" if job.note else ""
-                lines.append(f"*{run.name}*: {job.name} {job.status}{told}")
+                note_ = f": {job.note}" if job.note else ""
+                lines.append(f"*{run.name}*: {job.name} {job.status}{note_}")
         for (state, method), names in together.items():
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             lines.append(f"*{run.name}*: {method}: {len(names)} jobs {state}: {shown}")

@@ -135,12 +135,11 @@ class Run:
 def read_runs(paths: list[Path]) -> list[Run]:
     """:raises ConfigError: a path is no run directory."""
     runs = [_read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
-    for run in runs:
-        if sum(other.name == run.name for other in runs) > 1:
-            run.name = f"{run.path.parent.name}/{run.path.name}"
-    for place, run in enumerate(runs, start=1):
-        if sum(other.name == run.name for other in runs) > 1:
-            run.name = f"{run.name} ({place})"
+    for name_of in (lambda run: f"{run.path.parent.name}/{run.path.name}", lambda run: str(run.path)):
+        names = [run.name for run in runs]
+        for run in runs:
+            if names.count(run.name) > 1:
+                run.name = name_of(run)
     return runs
 
 

@@ -94,7 +94,7 @@ def _table(scores: list[Scores], protocol: str) -> Table:
                 if line.variant == CHOSEN:
                     values = [_over_patterns(one, task, line.method, figure(reading, m)) for task, m in wanted]
                     label = f"{method_label(line.method)}, {OVER_PATTERNS}"
-                    texts = ["" if value is None else str(value) for value in values]
+                    texts = ["–" if value is None else str(value) for value in values]
                     rows.append([one.run.name, one.run.backbone_name, label, *over, *texts, ""])
     for model, methods in paper().superglue[protocol].items():
         for method, figures in methods.items():
@@ -136,7 +136,7 @@ def _sizes(one: Scores) -> str:
 
 
 def _text(cell: Cell | None) -> str:
-    return "" if cell is None else str(cell)
+    return "–" if cell is None else str(cell)
 
 
 def _bars(scores: list[Scores]) -> bytes:
