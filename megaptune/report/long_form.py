@@ -62,10 +62,11 @@ def rows(runs: list[Run]) -> list[dict[str, Any]]:
             if job.task not in told:
                 told.add(job.task)
                 of_task = {key: about[key] for key in (*common, "task", "type", "test_count")}
-                baselines = job.result.get("baselines", {})
+                baselines = job.result.get("baselines", {"majority": job.result.get("majority", "")})
                 found += [
                     {**of_task, "split": "baseline", "status": "finished", "metric": metric, "value": value}
                     for metric, value in baselines.items()
+                    if value not in ("", None)
                 ]
     return found
 

@@ -42,11 +42,12 @@ def _tasks(run: Run) -> list[str]:
 
 
 def protocol_of(run: Run) -> str:
-    """By the largest training set of its results, or else by what its configuration limits it to."""
+    """Few-shot: selected on dev32, or trained on a training file of few examples; a limit does not make a file small."""
+    if run.setting("task.splits.dev") == "dev32":
+        return "fewshot"
     sizes = [job.result.get("counts", {}).get("train", 0) for job in run.finished]
-    stated = run.setting("task.limit_train")
-    size = max(sizes) if sizes else stated if isinstance(stated, int) else FEW_SHOT_RECORDS + 1
-    return "fewshot" if size <= FEW_SHOT_RECORDS else "full"
+    few = bool(sizes) and max(sizes) <= FEW_SHOT_RECORDS and run.setting("task.limit_train") is None
+    return "fewshot" if few else "full"
 
 
 def task_figure(reading: str, task: str) -> Measure:
@@ -88,7 +89,7 @@ def _table(scores: list[Scores], protocol: str) -> Table:
         for reading in one.readings or [""]:
             over: list[CellText] = [reading] if read_over else []
             for line in one.lines:
-                cells = [_text(one.cell(task, line, figure(reading, metric))) for task, metric in wanted]
+                cells: list[CellText] = [_text(one.cell(task, line, figure(reading, m))) for task, m in wanted]
                 head: list[CellText] = [one.run.name, one.run.backbone_name, line.label, *over]
                 rows.append([*head, *cells, _text(_average(one, line, reading))])
                 if line.variant == CHOSEN:
@@ -96,6 +97,9 @@ def _table(scores: list[Scores], protocol: str) -> Table:
                     label = f"{method_label(line.method)}, {OVER_PATTERNS}"
                     texts = ["–" if value is None else str(value) for value in values]
                     rows.append([one.run.name, one.run.backbone_name, label, *over, *texts, ""])
+        if any(one.about(task, "majority", None) is not None for task in one.tasks):
+            cells = [_majority(one, task) for task, _ in wanted]
+            rows.append([one.run.name, "", "commonest label", *([""] if read_over else []), *cells, ""])
     for model, methods in paper().superglue[protocol].items():
         for method, figures in methods.items():
             cells_: list[CellText] = [figures.get(column, "") for column in [*wanted, ("Avg", "")]]
@@ -116,6 +120,12 @@ def _average(one: Scores, line: Line, reading: str) -> Cell | None:
     measures = {task: task_figure(reading, task) for task in tasks}
     found = one.average(tasks, line, lambda job: measures[job.task](job)) if tasks else None
     return None if found is None else Cell(found.spread, found.tasks, len(_ORDER), found.of_seeds)
+
+
+def _majority(one: Scores, task: str) -> str:
+    """Always answering train's commonest label: known as the task's score, so of tasks with one metric alone."""
+    found = one.about(task, "majority", None)
+    return f"{100 * found:.1f}" if isinstance(found, float) and task not in TWO_METRICS else ""
 
 
 def _over_patterns(one: Scores, task: str, method: str, measure: Measure) -> Spread | None:

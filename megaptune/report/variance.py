@@ -92,7 +92,7 @@ def _table(groups: list[Group], runs: list[Run]) -> Table:
     rows: list[list[CellText]] = []
     for group in groups:
         values = [100 * value for value in group.prompts.values()]
-        over = f"{group.task}, {group.reading}" if group.reading else group.task
+        over = group.task if group.task in METRICS else f"{group.task}, {group.reading}"
         row: list[CellText] = [over, group.backbone, method_label(group.method), str(len(values))]
         deviation = f"{stdev(values):.1f}" if len(values) > 1 else ""
         rows.append([*row, f"{mean(values):.1f}", deviation, f"{min(values):.1f}", f"{max(values):.1f}"])

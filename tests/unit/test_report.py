@@ -157,6 +157,7 @@ def test_variants_are_chosen_by_dev_even_where_test_disagrees(tmp_path: Path):
     assert cells["P-tuning + FT, cloze"] == "72.0 ± 2.8"
     assert cells["P-tuning + FT, mean over patterns"] == "62.0 ± 14.1"
     assert cells["manual, mean over patterns"] == "60.0 ± 14.1"
+    assert cells["commonest label"] == "50.0"
     average = {str(row[2]): row[-1] for row in table.rows if row[0] == "few"}
     # (RTE 50 + CB's mean of 70 and 60) / 2, of the seven tasks two.
     assert average["manual, question"] == "57.5 (2 of 7 tasks)"
