@@ -9,7 +9,7 @@ from megaptune.report.labels import ordered
 from megaptune.report.paper import Figure, paper
 from megaptune.report.provenance import notes
 from megaptune.report.runs import Run
-from megaptune.report.scores import Cell, Line, Scores, figure
+from megaptune.report.scores import OVER_PATTERNS, Cell, Line, Scores, figure
 from megaptune.results.table import CHOSEN, Spread
 
 P_AT_1 = "p_at_1"
@@ -43,7 +43,7 @@ def _lines(scores: list[Scores]) -> list[Line]:
 
 def _in_order(lines: list[Line]) -> list[Line]:
     methods = ordered([line.method for line in lines])
-    return sorted(lines, key=lambda line: (methods.index(line.method), line.variant == CHOSEN))
+    return sorted(lines, key=lambda line: (methods.index(line.method), line.variant in (CHOSEN, OVER_PATTERNS)))
 
 
 # -- the paper's table ---------------------------------------------------------------------------------------------
@@ -191,11 +191,6 @@ def _text(cell: Cell | None) -> str:
 # -- plots ---------------------------------------------------------------------------------------------------------
 
 
-def _shown(one: Scores) -> list[Line]:
-    """Of a sweep dev's choice alone."""
-    return [line for line in one.lines if line.variant == CHOSEN or len(one.variants(line.method)) == 1]
-
-
 def _plots(scores: list[Scores], kind: str) -> list[Block]:
     tasks = list(dict.fromkeys(task for one in scores for task in one.tasks))
     types = _types(scores, tasks)
@@ -213,7 +208,7 @@ def _plots(scores: list[Scores], kind: str) -> list[Block]:
                 [spread(one.cell(task, line, figure(one.headline, P_AT_1))) for task in tasks],
             )
             for place, one in enumerate(scores)
-            for line in _shown(one)
+            for line in one.shown
         ]
         return plots.bars(labels, series, f"test P@1, per cent, {_headline(scores)}")
 
@@ -223,7 +218,7 @@ def _plots(scores: list[Scores], kind: str) -> list[Block]:
         groups = {**by_type, "all": tasks}
         series = []
         for place, one in enumerate(scores):
-            for line in _shown(one):
+            for line in one.shown:
                 members = [[task for task in group if task in one.tasks] for group in groups.values()]
                 cells = [one.average(mine, line, figure(one.headline, P_AT_1)) for mine in members]
                 label = f"{line.label} ({one.run.name})" if len(scores) > 1 else line.label

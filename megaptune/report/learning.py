@@ -75,9 +75,8 @@ def dev_metric(run: Run) -> str:
     """What the epoch was chosen by: P@1, or a SuperGLUE task's score; else the first figure that is no loss."""
     names = dict.fromkeys(name for curve in run.curves.values() for point in curve.dev for name in point.values)
     figures = [name for name in names if name not in ("step", "epoch", "loss", "time_s")]
-    return next(
-        (name for name in ("p_at_1", "score", "accuracy") if name in figures), figures[0] if figures else "loss"
-    )
+    chosen_by = [name for name in ("p_at_1", "score") if name in figures]
+    return next(iter([*chosen_by, *figures]), "loss")
 
 
 def _lines(jobs: list[JobRecord]) -> list[Line]:

@@ -9,13 +9,16 @@ from megaptune.report.labels import method_label, ordered
 from megaptune.report.runs import JobRecord, Run
 from megaptune.results.table import CHOSEN, Spread
 
+OVER_PATTERNS = "mean over patterns"
+"""A line of a method with several variants: their mean. Its cell's deviation is over the variants' means, an average's
+over seeds."""
 Measure = Callable[[JobRecord], float | None]
 """A figure of a job, or None where it has none."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """What stands in one row or bar: a method, and where it stands in a sweep ("" without one, or CHOSEN)."""
+    """What stands in one row or bar: a method, and its variant in a sweep ("" without one, CHOSEN or OVER_PATTERNS)."""
 
     method: str
     variant: str = ""
@@ -68,13 +71,24 @@ class Scores:
 
     @property
     def lines(self) -> list[Line]:
-        """Methods in order; of a swept one its variants, then dev's choice among them."""
+        """Methods in order; of a swept one its variants, then dev's choice where it has dev figures, and their mean."""
         found = []
         for method in ordered([job.method for job in self.all]):
             variants = self.variants(method)
-            found += [Line(method, variant) for variant in variants]
-            found += [Line(method, CHOSEN)] if len(variants) > 1 else []
+            swept = len(variants) > 1
+            found += [Line(method, variant) for variant in variants if variant or not swept]
+            found += [Line(method, CHOSEN)] if swept and self._has_dev(method) else []
+            found += [Line(method, OVER_PATTERNS)] if swept else []
         return found
+
+    @property
+    def shown(self) -> list[Line]:
+        """A line for each method, as plots show it: of a swept one dev's choice, or the mean without dev figures."""
+        last = {line.method: line for line in self.lines}
+        return [Line(method, CHOSEN) if Line(method, CHOSEN) in self.lines else last[method] for method in last]
+
+    def _has_dev(self, method: str) -> bool:
+        return any(job.dev is not None for job in self.jobs if job.method == method)
 
     def variants(self, method: str) -> list[str]:
         return list(dict.fromkeys(job.variant for job in self.all if job.method == method))
@@ -84,7 +98,10 @@ class Scores:
         return max(1, len({job.seed for job in self.all if job.method == method}))
 
     def dev_choice(self, task: str, method: str) -> str | None:
-        """The variant with the best mean dev figure over the seeds; None while none has one."""
+        """The variant with the best mean dev figure over the seeds, or the only one; None while none has a figure."""
+        variants = list(dict.fromkeys(job.variant for job in self.all if (job.task, job.method) == (task, method)))
+        if len(variants) == 1:
+            return variants[0]
         found: dict[str, list[float]] = {}
         for job in self.jobs:
             if job.task == task and job.method == method and job.dev is not None:
@@ -92,18 +109,26 @@ class Scores:
         return max(found, key=lambda variant: mean(found[variant])) if found else None
 
     def by_seed(self, task: str, line: Line, measure: Measure) -> dict[int | None, float]:
-        variant = self.dev_choice(task, line.method) if line.variant == CHOSEN else line.variant
-        values = {}
+        every = line.variant == OVER_PATTERNS
+        wanted = self.dev_choice(task, line.method) if line.variant == CHOSEN else line.variant
+        values: dict[int | None, list[float]] = {}
         for job in self.jobs:
-            if (job.task, job.method, job.variant) == (task, line.method, variant):
+            if (job.task, job.method) == (task, line.method) and (every or job.variant == wanted):
                 value = measure(job)
                 if value is not None:
-                    values[job.seed] = value
-        return values
+                    values.setdefault(job.seed, []).append(value)
+        return {seed: mean(found) for seed, found in values.items()}
 
     def cell(self, task: str, line: Line, measure: Measure) -> Cell | None:
+        if line.variant == OVER_PATTERNS:
+            return self._over_patterns(task, line.method, measure)
         spread = Spread.of(list(self.by_seed(task, line, measure).values()))
         return None if spread is None else Cell(spread, 1, 1, self.of_seeds(line.method))
+
+    def _over_patterns(self, task: str, method: str, measure: Measure) -> Cell | None:
+        found = [self.by_seed(task, Line(method, variant), measure) for variant in self.variants(method)]
+        spread = Spread.of([mean(values.values()) for values in found if values])
+        return None if spread is None else Cell(spread, 1, 1, spread.seeds)
 
     def average(self, tasks: list[str], line: Line, measure: Measure, micro: bool = False) -> Cell | None:
         """Averaged over tasks per seed first, so that the deviation is that of the average.

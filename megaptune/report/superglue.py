@@ -10,12 +10,9 @@ from megaptune.report.labels import method_label
 from megaptune.report.paper import TWO_METRICS, paper
 from megaptune.report.provenance import notes
 from megaptune.report.runs import JobRecord, Run
-from megaptune.report.scores import Cell, Line, Measure, Scores, figure
-from megaptune.results.table import CHOSEN, Spread
+from megaptune.report.scores import OVER_PATTERNS, Cell, Line, Measure, Scores, figure
 from megaptune.tasks.superglue.metrics import METRICS
 
-OVER_PATTERNS = "mean over patterns"
-"""A row of a swept method: mean and deviation over its variants' means, not over seeds."""
 FEW_SHOT_RECORDS = 100
 """Up to so many training examples a run counts as few-shot; FewGLUE's tasks have 32."""
 _ORDER = ("BoolQ", "CB", "WiC", "RTE", "MultiRC", "WSC", "COPA")
@@ -42,7 +39,7 @@ def _tasks(run: Run) -> list[str]:
 
 
 def protocol_of(run: Run) -> str:
-    """Few-shot: selected on dev32, or trained on a training file of few examples; a limit does not make a file small."""
+    """Few-shot: selected on dev32, or trained on a file of few examples; a limit does not make a file small."""
     if run.setting("task.splits.dev") == "dev32":
         return "fewshot"
     sizes = [job.result.get("counts", {}).get("train", 0) for job in run.finished]
@@ -63,11 +60,12 @@ def task_figure(reading: str, task: str) -> Measure:
 
 def _how_to_read(protocol: str) -> str:
     told = (
-        "In per cent, on SuperGLUE's dev sets, which are the runs' test split: mean ± sample deviation over seeds. The "
-        f"paper's P-tuning tunes the LM too. *{OVER_PATTERNS}*: mean ± deviation over the patterns' means. Avg: over "
-        "the seven tasks, two metrics of a task averaged first; ReCoRD, which the paper leaves out, is not in it."
+        "In per cent, on the runs' test split, which should be SuperGLUE's dev set (val): mean ± sample deviation over "
+        f"seeds. The paper's P-tuning tunes the LM too. *{OVER_PATTERNS}*: mean ± deviation over the patterns' means, in "
+        "Avg over seeds. Avg: over the seven tasks, two metrics of a task averaged first; ReCoRD, which the paper leaves "
+        "out, is not in it."
     )
-    return told if protocol == "full" else told + " Few-shot: the epoch is chosen on dev32."
+    return told if protocol == "full" else told + " Few-shot: the epoch should be chosen on dev32."
 
 
 def _columns(scores: list[Scores]) -> list[tuple[str, str]]:
@@ -92,11 +90,6 @@ def _table(scores: list[Scores], protocol: str) -> Table:
                 cells: list[CellText] = [_text(one.cell(task, line, figure(reading, m))) for task, m in wanted]
                 head: list[CellText] = [one.run.name, one.run.backbone_name, line.label, *over]
                 rows.append([*head, *cells, _text(_average(one, line, reading))])
-                if line.variant == CHOSEN:
-                    values = [_over_patterns(one, task, line.method, figure(reading, m)) for task, m in wanted]
-                    label = f"{method_label(line.method)}, {OVER_PATTERNS}"
-                    texts = ["–" if value is None else str(value) for value in values]
-                    rows.append([one.run.name, one.run.backbone_name, label, *over, *texts, ""])
         if any(one.about(task, "majority", None) is not None for task in one.tasks):
             cells = [_majority(one, task) for task, _ in wanted]
             rows.append([one.run.name, "", "commonest label", *([""] if read_over else []), *cells, ""])
@@ -128,20 +121,14 @@ def _majority(one: Scores, task: str) -> str:
     return f"{100 * found:.1f}" if isinstance(found, float) and task not in TWO_METRICS else ""
 
 
-def _over_patterns(one: Scores, task: str, method: str, measure: Measure) -> Spread | None:
-    means = []
-    for variant in one.variants(method):
-        cell = one.cell(task, Line(method, variant), measure)
-        means += [] if cell is None else [cell.spread.mean]
-    return Spread.of(means)
-
-
 def _sizes(one: Scores) -> str:
+    """Examples of each split, and the files they are from where they are known."""
     told = []
     for task in one.tasks:
-        counts = one.about(task, "counts", {})
-        if isinstance(counts, dict):
-            told.append(f"{task} {' / '.join(str(counts.get(split, '?')) for split in ('train', 'dev', 'test'))}")
+        counts, files = one.about(task, "counts", {}), one.about(task, "splits", {})
+        if isinstance(counts, dict) and isinstance(files, dict):
+            parts = [f"{counts.get(split, '?')} {files.get(split, split)}" for split in ("train", "dev", "test")]
+            told.append(f"{task} {' / '.join(parts)}")
     return "examples for training / dev / test: " + ", ".join(told)
 
 
@@ -153,8 +140,7 @@ def _bars(scores: list[Scores]) -> bytes:
     tasks = [task for task in (*_ORDER, "ReCoRD") if any(task in one.tasks for one in scores)]
     series = []
     for place, one in enumerate(scores):
-        shown = [line for line in one.lines if line.variant == CHOSEN or len(one.variants(line.method)) == 1]
-        for line in shown:
+        for line in one.shown:
             cells = [one.cell(task, line, task_figure(one.headline, task)) for task in tasks]
             spreads = [None if cell is None else cell.spread for cell in cells]
             label = f"{line.label} ({one.run.name})" if len(scores) > 1 else line.label

@@ -91,25 +91,22 @@ def lama_run(folder: Path) -> Path:
 
 def superglue_run(folder: Path) -> Path:
     """RTE and CB of 32 training examples: two manual patterns, P-tuning with two patterns and two seeds."""
-    run = write_run(
-        folder, {"type": "superglue", "splits": {"dev": "dev32", "test": "val"}}, ["manual", "ptuning+finetune"], [0, 1]
-    )
-    about = {"suite": "superglue", "counts": {"train": 32, "dev": 32, "test": 50}}
+    task = {"type": "superglue", "splits": {"dev": "dev32", "test": "val"}}
+    run = write_run(folder, task, ["manual", "ptuning+finetune"], [0, 1])
+    about = {"suite": "superglue", "majority": 0.5, "counts": {"train": 32, "dev": 32, "test": 50}}
 
     def scored(metrics: dict[str, float]) -> dict[str, float]:
         return {**metrics, "score": sum(metrics.values()) / len(metrics), "loss": 0.5, "count": 50}
 
-    for task, metrics, base in (("RTE", ["accuracy"], 0.5), ("CB", ["accuracy", "f1"], 0.7)):
+    for name, metrics, base in (("RTE", ["accuracy"], 0.5), ("CB", ["accuracy", "f1"], 0.7)):
         for place, pattern in enumerate(("question", "cloze")):
             test = {metric: base + 0.2 * place - 0.1 * at for at, metric in enumerate(metrics)}
-            write_job(
-                run, task, f"manual-{pattern}", {"options": scored(test)}, majority=0.5, **about, template=pattern
-            )
+            write_job(run, name, f"manual-{pattern}", {"options": scored(test)}, **about, template=pattern)
             for seed in (0, 1):
                 trained = {metric: value + 0.04 * seed for metric, value in test.items()}
                 dev = 0.9 - 0.3 * place  # dev prefers the pattern that test does not
                 more = {**about, "template": f"{pattern} [P]", "best_dev_score": dev, "seed": seed}
-                write_job(run, task, f"ptuning+finetune-seed{seed}-{pattern}", {"options": scored(trained)}, **more)
+                write_job(run, name, f"ptuning+finetune-seed{seed}-{pattern}", {"options": scored(trained)}, **more)
     return run
 
 
