@@ -47,7 +47,7 @@ def _of_run(run: Run, jobs: list[JobRecord], name: str) -> list[Block]:
         return [track for track in found if track.points]
 
     def overall() -> bytes:
-        over = f"mean over {len(tasks)} tasks" if len(tasks) > 1 else tasks[0]
+        over = "mean over tasks" if len(tasks) > 1 else tasks[0]
         loss = tracks(jobs, lambda curve: _loss(curve, by_epoch))
         dev = tracks(jobs, lambda curve: _dev(curve, metric))
         return plots.panels(
@@ -97,7 +97,8 @@ def _track(run: Run, jobs: list[JobRecord], line: Line, points_of: Callable[[Cur
         averaged.append({x: mean(points[x] for points in curves) for x in shared})
     spreads = {x: Spread.of([points[x] for points in averaged if x in points]) for points in averaged for x in points}
     listed = [(x, spread) for x, spread in sorted(spreads.items()) if spread is not None]
-    return plots.Track(line.label, line.method, 0, listed)
+    variants = list(dict.fromkeys(job.variant for job in run.jobs if job.method == line.method))
+    return plots.Track(line.label, line.method, variants.index(line.variant), listed)
 
 
 def _dev(curve: Curve, metric: str) -> Points:

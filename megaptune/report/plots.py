@@ -21,7 +21,7 @@ PALETTE = (
 )
 """In the order of LABELS; mostly Okabe and Ito's, told apart also by people who do not see all colours."""
 HATCHES, DASHES, MARKERS = ("", "//", "..", "xx", "\\\\"), ("-", "--", ":", "-."), "osD^vP"
-"""Of the first, second, ... run of a report."""
+"""Of the first, second, ... run, or variant of a method."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Track:
-    """A curve: mean and deviation (NaN of one seed) at each x. percent: drawn times 100."""
+    """A curve: mean and deviation (NaN of one seed) at each x. place: of the variant among its method's."""
 
     label: str
     method: str
-    run: int
+    place: int
     points: Sequence[tuple[float, Spread]]
 
 
@@ -114,13 +114,21 @@ def panels(listed: Sequence[Panel], across: int = 2) -> bytes:
             xs = [x for x, _ in track.points]
             means = [factor * spread.mean for _, spread in track.points]
             sd = [0.0 if math.isnan(s.deviation) else factor * s.deviation for _, s in track.points]
-            look: dict[str, Any] = {"color": colour(track.method), "linestyle": DASHES[track.run % len(DASHES)]}
-            axes.plot(xs, means, label=track.label, marker="o" if len(xs) < 30 else "", markersize=3, **look)
+            look: dict[str, Any] = {"color": colour(track.method), "linestyle": DASHES[track.place % len(DASHES)]}
+            axes.plot(
+                xs,
+                means,
+                label=track.label,
+                marker=MARKERS[track.place % len(MARKERS)] if len(xs) < 30 else "",
+                markersize=3,
+                **look,
+            )
             low, high = (
                 [m - d for m, d in zip(means, sd, strict=True)],
                 [m + d for m, d in zip(means, sd, strict=True)],
             )
             axes.fill_between(xs, low, high, color=look["color"], alpha=0.18, linewidth=0)
+        axes.set_xlim(left=0)
         if panel.percent:
             axes.set_ylim(0, max(5.0, axes.get_ylim()[1]))
         axes.xaxis.get_major_locator().set_params(integer=True)

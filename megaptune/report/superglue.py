@@ -61,9 +61,9 @@ def task_figure(reading: str, task: str) -> Measure:
 def _how_to_read(protocol: str) -> str:
     told = (
         "In per cent, on the runs' test split, which should be SuperGLUE's dev set (val): mean ± sample deviation over "
-        f"seeds. The paper's P-tuning tunes the LM too. *{OVER_PATTERNS}*: mean ± deviation over the patterns' means, in "
-        "Avg over seeds. Avg: over the seven tasks, two metrics of a task averaged first; ReCoRD, which the paper leaves "
-        "out, is not in it."
+        f"seeds. The paper's P-tuning tunes the LM too. *{OVER_PATTERNS}*: mean ± deviation over the patterns' means, "
+        "in Avg over seeds. Avg: over the seven tasks, two metrics of a task averaged first; ReCoRD, which the paper "
+        "leaves out, is not in it."
     )
     return told if protocol == "full" else told + " Few-shot: the epoch should be chosen on dev32."
 
