@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from megaptune.cli import app
 from megaptune.report.blocks import Table
-from megaptune.report.command import write_report
 from megaptune.report.document import Document
 from megaptune.report.facts import _relation_table
 from megaptune.report.labels import split_folder
@@ -49,23 +48,31 @@ def test_markdown_of_the_miniature_run_is_the_golden_one(tmp_path: Path):
     assert golden_markdown(tmp_path.resolve()) == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_command_writes_all_formats_and_says_what_is_missing(tmp_path: Path):
-    code, output = invoke(lama_run(tmp_path / "lama"), superglue_run(tmp_path / "few"), "--output", tmp_path / "out")
-    assert code == 0
-    assert "lama: P103/ptuning-seed1 diverged: loss is nan at step 4" in output
-    written = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"report.md", "report.html", "report.csv", "lama-relations.png", "prompt-variance.png"} <= written
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "out" / "report.md").read_text())
-    assert sorted(shown) == sorted(name for name in written if name.endswith(".png"))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, str]:
+    """The folder with the report on both miniature runs in all formats, and what the command said."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = lama_run(folder / "a & <b>"), superglue_run(folder / "few")
+    code, output = invoke(*runs, "--output", folder / "out")
+    assert code == 0, output
+    return folder / "out", output
 
 
-def test_html_is_well_formed_stands_alone_and_holds_every_plot_and_table(tmp_path: Path):
-    runs = [lama_run(tmp_path / "a & <b>"), superglue_run(tmp_path / "few")]
-    write_report(runs, tmp_path / "out", "html,png", lambda line: None)
-    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+def test_command_writes_all_formats_and_says_what_is_missing(written):
+    folder, output = written
+    assert "a & <b>: P103/ptuning-seed1 diverged: loss is nan at step 4" in output
+    names = {file.name for file in folder.iterdir()}
+    assert {"report.md", "report.html", "report.csv"} <= names
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", (folder / "report.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(name for name in names if name.endswith(".png"))
+
+
+def test_html_is_well_formed_stands_alone_and_holds_every_plot_and_table(written):
+    folder, _ = written
+    text = (folder / "report.html").read_text(encoding="utf-8")
     root = ET.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
     embedded = [base64.b64decode(image.attrib["src"].partition("base64,")[2]) for image in root.iter("img")]
-    files = [file.read_bytes() for file in (tmp_path / "out").glob("*.png")]
+    files = [file.read_bytes() for file in folder.glob("*.png")]
     assert sorted(embedded) == sorted(files)
     assert len(files) == 6
     assert not list(root.iter("script"))
@@ -78,6 +85,42 @@ def test_html_is_well_formed_stands_alone_and_holds_every_plot_and_table(tmp_pat
         assert {len(row) for row in table.findall("tbody/tr")} == {len(names)}
 
 
+def test_plots_have_their_size_and_more_than_one_colour(written):
+    folder, _ = written
+    assert {file.name for file in folder.glob("*.png")} == {
+        "lama-relations.png",
+        "lama-types.png",
+        "superglue-fewshot.png",
+        "prompt-variance.png",
+        "curves-1.png",
+        "curves-1-tasks.png",
+    }
+    assert png_size((folder / "curves-1.png").read_bytes()) == (int(8.4 * 110), int(3.4 * 110))
+    from matplotlib.image import imread
+
+    for file in folder.glob("*.png"):
+        width, height = png_size(file.read_bytes())
+        assert 800 <= width <= 1400
+        assert 200 < height < 1000
+        pixels = imread(file).reshape(-1, 4)
+        assert len({tuple(pixel) for pixel in pixels[::7].round(1).tolist()}) > 5, file.name
+
+
+def test_commands_of_the_documentation(tmp_path: Path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "reports.md").read_text(encoding="utf-8")
+    commands = re.search(r"```\n(.*?)```", page, flags=re.DOTALL)[1].splitlines()
+    monkeypatch.chdir(tmp_path)
+    for name in sorted(set(re.findall(r"runs/(\w+)", page))):
+        write_run(tmp_path / "runs" / name, {"type": "lama"}, ["manual"], [0])
+    for command in commands:
+        program, *arguments = command.split()
+        assert program == "megaptune"
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "runs" / "quickstart" / "report" / "report.csv").is_file()
+    assert (tmp_path / "runs" / "compared" / "report.html").is_file()
+
+
 def test_each_table_names_run_seeds_command_backbone_and_time(tmp_path: Path):
     document = Document.of(read_runs([lama_run(tmp_path / "lama"), superglue_run(tmp_path / "few")]))
     for title, table in tables(document).items():
@@ -86,25 +129,6 @@ def test_each_table_names_run_seeds_command_backbone_and_time(tmp_path: Path):
         assert "seeds 0, 1" in notes, title
         assert "`megaptune train --config tiny.yaml`" in notes, title
         assert re.search(r"\d+ s;|time unknown;", notes), title
-
-
-def test_plots_have_their_size_and_more_than_one_colour(tmp_path: Path):
-    out = tmp_path / "out"
-    write_report([lama_run(tmp_path / "lama")], out, "png", lambda line: None)
-    assert {file.name for file in out.iterdir()} == {
-        "lama-relations.png",
-        "lama-types.png",
-        "curves-1.png",
-        "curves-1-tasks.png",
-    }
-    assert png_size((out / "curves-1.png").read_bytes()) == (int(8.4 * 110), int(3.4 * 110))
-    width, height = png_size((out / "lama-relations.png").read_bytes())
-    assert width == 880
-    assert height > 200
-    from matplotlib.image import imread
-
-    pixels = imread(out / "lama-relations.png").reshape(-1, 4)
-    assert len({tuple(pixel) for pixel in pixels.round(2).tolist()}) > 10
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -237,7 +261,7 @@ def test_the_papers_averages_follow_from_its_cells():
             assert average == pytest.approx(stated, abs=0.16), (model, method)
 
 
-def test_marks_stand_beside_the_papers_figures(tmp_path: Path):
+def test_marks_stand_beside_the_papers_figures(tmp_path: Path, written):
     document = Document.of(read_runs([lama_run(tmp_path / "lama"), superglue_run(tmp_path / "few")]))
     for title in ("LAMA: P@1 by prompt type", "SuperGLUE, few-shot: dev scores"):
         table = tables(document)[title]
@@ -245,7 +269,7 @@ def test_marks_stand_beside_the_papers_figures(tmp_path: Path):
         assert {cell.mark for cell in figures} == {"seen", "recalled"}
         assert "*recalled*: from memory" in " ".join(table.notes)
     assert "64.2 *seen*" in document.markdown(with_plots=False)
-    assert '31.7 <small class="recalled">recalled</small>' in document.html()
+    assert '31.7 <small class="recalled">recalled</small>' in (written[0] / "report.html").read_text(encoding="utf-8")
 
 
 # -- runs that lack something --------------------------------------------------------------------------------------
