@@ -65,7 +65,7 @@ def overview(runs: list[Run]) -> Section:
                 run.name,
                 status(run),
                 f"{run.setting('task.type', 'unknown')}, {len(run.tasks)} task{'s' * (len(run.tasks) != 1)}",
-                ", ".join(run.setting("methods", [])),
+                ", ".join(run.methods),
                 _seeds(run),
                 f"{len(run.finished)} of {len(run.jobs)}",
                 duration(run),

@@ -111,7 +111,11 @@ class Run:
 
     @property
     def seeds(self) -> list[int]:
-        return list(self.setting("run.seeds", []))
+        return list(self.setting("run.seeds") or [])
+
+    @property
+    def methods(self) -> list[str]:
+        return list(self.setting("methods") or [])
 
     @property
     def backbone_name(self) -> str:
@@ -219,11 +223,14 @@ def _jobs(run: Run) -> Iterable[JobRecord]:
         begun.add(method)
         yield _job(run, folder, method, seed, variant)
     tasks = list(dict.fromkeys(folder.parent.name for folder in folders)) or _configured_tasks(run)
-    for method in run.setting("methods", []):
+    for method in run.methods:
         if method not in begun:
             for task in tasks:
                 for seed in [None] if method.split("_")[0] == "manual" else run.seeds:
                     yield JobRecord(task, method, seed, "", "not started", "", {}, {})
+
+
+_MAPPINGS = ("counts", "candidates", "baselines", "splits")  # of a result, left out where they are something else
 
 
 def _job(run: Run, folder: Path, method: str, seed: int | None, variant: str) -> JobRecord:
@@ -231,7 +238,8 @@ def _job(run: Run, folder: Path, method: str, seed: int | None, variant: str) ->
     common = task, method, seed, variant
     file = folder / "result.json"
     if file.is_file():
-        result = _json_object(file, [])
+        stored = _json_object(file, [])
+        result = {key: value for key, value in stored.items() if key not in _MAPPINGS or isinstance(value, dict)}
         test = _test_figures(result.get("test"))
         if not test:
             return JobRecord(*common, "damaged", "result.json is damaged", {}, {})

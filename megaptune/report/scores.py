@@ -60,7 +60,7 @@ class Scores:
     def readings(self) -> list[str]:
         """In the order of the configuration."""
         there = dict.fromkeys(reading for job in self.jobs for reading in job.test)
-        stated = [name for name in self.run.setting("scoring.evaluate_over", []) if name in there]
+        stated = [name for name in (self.run.setting("scoring.evaluate_over") or []) if name in there]
         return list(dict.fromkeys([*stated, *there]))
 
     @property

@@ -309,8 +309,10 @@ def test_a_run_that_has_not_begun_has_a_report(type_: str, tmp_path: Path):
 def test_a_damaged_result_is_named_and_left_out(tmp_path: Path):
     run = lama_run(tmp_path / "lama")
     (run / "jobs" / "P36" / "manual" / "result.json").write_text('{"test": ')
+    (run / "jobs" / "P17" / "manual" / "result.json").write_text('{"test": {"answers": {"p_at_1": 1}}, "counts": null}')
     code, output = invoke(run, "--format", "csv")
-    assert code == 0
+    assert code == 0, output
+    assert "P17/manual" not in output
     assert "P36/manual damaged" in output
     assert not (run / "report" / "report.md").exists()
 
