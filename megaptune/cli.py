@@ -136,16 +136,17 @@ def preflight(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
-    """Print the table of a run, finished or not, and write results.json and results.md again."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories, finished or not")],
+    output: Annotated[Path | None, typer.Option(help="folder to write to (default: report/ in the first RUN)")] = None,
+    formats: Annotated[str, typer.Option("--format", help="what to write")] = "md,html,csv,png",
+) -> None:
+    """Tables beside the paper's, learning curves and all figures of one or more runs."""
 
     def work() -> None:
-        from megaptune.results.tables import read_table
-        from megaptune.run.monitor import Monitor
+        from megaptune.report.command import write_report
 
-        table = read_table(run, load_config(run / "config.yaml"))
-        table.write(run)
-        Monitor(speaks=True).show(table.console())
+        write_report(runs, output, formats, typer.echo)
 
     _exit_with(work)
 

@@ -44,6 +44,9 @@ planning.report         planning.dry_run  planning.session
 results                 results.facts_job  results.prompt_folder  results.lm_folder  results.table
 results.superglue_job   results.superglue_table  results.tables
 experiment              session
+report                  report.labels  report.runs  report.scores  report.paper  report.blocks  report.provenance
+report.plots            report.facts  report.superglue  report.variance  report.learning  report.long_form
+report.document         report.command
 cli                     train  __main__
 """
 ORDER = LAYERS.split()
