@@ -42,6 +42,8 @@ planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
 results                 results.prompt_folder  results.lm_folder  results.table
 experiment              session
+pretraining             pretraining.config  pretraining.corpus  pretraining.vocabulary  pretraining.models
+pretraining.training    pretraining.command
 cli                     train  __main__
 """
 ORDER = LAYERS.split()
