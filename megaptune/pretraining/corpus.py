@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -38,10 +38,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def recipe(folder: Path, corpus: Path, kind: str, **sections: Any) -> Path:
+def recipe(folder: Path, text: Path, kind: str, **sections: Any) -> Path:
     settings = {
         "run": {"directory": str(folder / kind), "log_every": 5},
-        "corpus": {"path": str(corpus), "max_words": 20, "held_out_lines": 30},
+        "corpus": {"path": str(text), "max_words": 20, "held_out_lines": 30},
         "tokenizer": {"vocab_size": 400},
         "model": {"kind": kind, "layers": 1, "width": 32, "heads": 2, "max_tokens": 32, "dropout": 0.1},
         "train": {"epochs": 3, "batch_tokens": 256, "learning_rate": 1e-2},
@@ -86,7 +86,8 @@ def test_a_folder_that_transformers_loads_and_that_has_learnt(kind: str, trained
 
     summary = json.loads((trained[kind] / "pretraining.json").read_text(encoding="utf-8"))
     losses = [epoch["loss"] for epoch in summary["held_out"]]
-    assert len(losses) == 3 and losses[-1] < losses[0] < np.log(400)
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] < np.log(400)
     assert (summary["train_lines"], summary["held_out_lines"], summary["vocabulary"]) == (270, 30, len(tokenizer))
     assert not list(trained[kind].parent.glob(".*.part"))
 
@@ -115,18 +116,22 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_continues(
         while not checkpoint.is_file() and run.poll() is None and time.monotonic() < until:
             time.sleep(0.005)
         run.kill()
-    assert run.returncode == -signal.SIGKILL and checkpoint.is_file()
+    assert run.returncode == -signal.SIGKILL
+    assert checkpoint.is_file()
     assert not (tmp_path / BERT).exists()
     changed = pretrain(config, "--set", "train.epochs=4")
-    assert changed.exit_code == DATA and "train.epochs: 3 there, 4 now" in changed.stderr
+    assert changed.exit_code == DATA
+    assert "train.epochs: 3 there, 4 now" in changed.stderr
     done = pretrain(config)
     assert done.exit_code == 0, done.output
     assert "continuing after step" in done.stdout
     assert weights_and_tokenizer(tmp_path / BERT) == weights_and_tokenizer(trained[BERT])
     again = pretrain(config)
-    assert again.exit_code == 0 and "is finished" in again.stdout
+    assert again.exit_code == 0
+    assert "is finished" in again.stdout
     another = pretrain(config, "--set", "model.layers=2")
-    assert another.exit_code == DATA and "model.layers: 1 there, 2 now" in another.stderr
+    assert another.exit_code == DATA
+    assert "model.layers: 1 there, 2 now" in another.stderr
 
 
 def test_a_signal_saves_and_the_same_command_continues(
@@ -141,10 +146,12 @@ def test_a_signal_saves_and_the_same_command_continues(
     with monkeypatch.context() as patched:
         patched.setattr(Monitor, "say", say)
         stopped = pretrain(config)
-    assert stopped.exit_code == STOPPED and "the same command continues" in stopped.stderr
+    assert stopped.exit_code == STOPPED
+    assert "the same command continues" in stopped.stderr
     assert not (tmp_path / GPT2).exists()
     done = pretrain(config)
-    assert done.exit_code == 0 and "continuing after step 5 of" in done.stdout, done.output
+    assert done.exit_code == 0, done.output
+    assert "continuing after step 5 of" in done.stdout
     assert weights_and_tokenizer(tmp_path / GPT2) == weights_and_tokenizer(trained[GPT2])
 
 
@@ -156,7 +163,8 @@ def test_a_damaged_checkpoint_is_named(corpus: Path, tmp_path: Path, monkeypatch
     checkpoint = tmp_path / ".gpt2.part" / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     done = pretrain(config)
-    assert done.exit_code == 4 and f"{checkpoint} is damaged" in done.stderr, done.output
+    assert done.exit_code == 4, done.output
+    assert f"{checkpoint} is damaged" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [GPT2, BERT])
@@ -178,7 +186,8 @@ def test_a_prompt_is_tuned_on_it(kind: str, trained: dict[str, Path], tmp_path: 
 )
 def test_bad_input(sections: dict[str, Any], message: str, corpus: Path, tmp_path: Path):
     done = pretrain(recipe(tmp_path, corpus, GPT2, **sections))
-    assert done.exit_code == DATA and message in done.stderr, done.output
+    assert done.exit_code == DATA, done.output
+    assert message in done.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["gpt2.yaml"]
 
 
@@ -186,7 +195,8 @@ def test_a_damaged_corpus_is_named(corpus: Path, tmp_path: Path):
     cut = tmp_path / "cut.txt.gz"
     cut.write_bytes(corpus.read_bytes()[:-200])
     done = pretrain(recipe(tmp_path, cut, GPT2))
-    assert done.exit_code == DATA and f"{cut}: cannot be read" in done.stderr, done.output
+    assert done.exit_code == DATA, done.output
+    assert f"{cut}: cannot be read" in done.stderr
 
 
 def test_batches_hold_every_row_once_within_the_limit():
