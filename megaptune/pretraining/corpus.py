@@ -64,7 +64,7 @@ def encode(lines: list[str], tokenizer: Any, max_tokens: int) -> list[np.ndarray
     room = max_tokens - len(before) - len(after)
     rows = []
     for start in range(0, len(lines), _CALL_LINES):
-        ids = tokenizer(lines[start : start + _CALL_LINES], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(lines[start : start + _CALL_LINES], add_special_tokens=False, verbose=False)["input_ids"]
         rows += [np.array([*before, *line[:room], *after], dtype=np.int32) for line in ids]
     return rows
 
