@@ -23,6 +23,7 @@ setup(
         "megaptune.backbone.convert",
         "megaptune.kernels",
         "megaptune.planning",
+        "megaptune.pretraining",
         "megaptune.prompts",
         "megaptune.report",
         "megaptune.results",

@@ -1,4 +1,4 @@
-"""The command line: ``megaptune train|plan|check|preflight|report|convert|checksum|env``."""
+"""The command line: ``megaptune train|plan|check|preflight|report|convert|pretrain|checksum|env``."""
 
 import gc
 import os
@@ -194,6 +194,22 @@ def convert(
             average_copies=average_copies,
         )
         command.convert(source, target, kind, options, typer.echo)
+
+    _exit_with(work)
+
+
+@app.command()
+def pretrain(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Train a small GPT-2 or BERT and its tokenizer on a text file; run again to continue."""
+
+    def work() -> None:
+        from megaptune.pretraining.config import load_pretrain_config
+
+        settings = load_pretrain_config(config, overrides)
+        from megaptune.pretraining import command
+        from megaptune.run.monitor import Monitor
+
+        command.pretrain(settings, Monitor(speaks=True))
 
     _exit_with(work)
 

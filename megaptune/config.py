@@ -8,10 +8,9 @@ A relative input path is relative to the file that states it (with ``--set``: to
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megaptune import config_files
-from megaptune.errors import ConfigError
 from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
 from megaptune.patterns import USES, PatternBook, TaskName, Use
 
@@ -532,11 +531,4 @@ def load_config(
 
 def validate(raw: dict[str, Any], source: str) -> Config:
     """A plain mapping as a :class:`Config`; ``source`` names it in the error."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = [config_files.describe(problem, Config, raw) for problem in error.errors()]
-        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-        raise ConfigError(
-            f"{source}: {count} in the configuration\n" + "\n".join(f"  - {line}" for line in lines)
-        ) from None
+    return config_files.validated(Config, raw, source)

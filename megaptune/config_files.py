@@ -5,12 +5,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from megaptune.errors import ConfigError
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -127,6 +129,21 @@ def apply_override(raw: dict[str, Any], override: str, resolve: PathResolver) ->
         value = {name: value}
     resolve(value, Path.cwd())
     _merge(raw, value)
+
+
+def validated(schema: type[Schema], raw: dict[str, Any], source: str) -> Schema:
+    """A plain mapping as an instance of ``schema``; ``source`` names it in the error.
+
+    :raises ConfigError: with every problem found, and the nearest valid key for an unknown one.
+    """
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        lines = [describe(problem, schema, raw) for problem in error.errors()]
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise ConfigError(
+            f"{source}: {count} in the configuration\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from None
 
 
 def describe(problem: Any, root: type[BaseModel], raw: dict[str, Any]) -> str:

@@ -47,6 +47,8 @@ experiment              session
 report                  report.labels  report.runs  report.scores  report.paper  report.blocks  report.provenance
 report.plots            report.facts  report.superglue  report.variance  report.learning  report.long_form
 report.document         report.command
+pretraining             pretraining.config  pretraining.corpus  pretraining.vocabulary  pretraining.models
+pretraining.training    pretraining.command
 cli                     train  __main__
 """
 ORDER = LAYERS.split()
