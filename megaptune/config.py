@@ -103,7 +103,9 @@ class SuperGlueTask(Limits):
 
     type: Literal["superglue"] = Field(description="SuperGLUE and FewGLUE in the official folders")
     root: Path | list[Path] = Field(description="folder with a folder for each task; of several the first that has it")
-    tasks: list[TaskName] | Literal["all"] = Field("all", description="such as [RTE, COPA]; all: those of `patterns` that root has")
+    tasks: list[TaskName] | Literal["all"] = Field(
+        "all", description="such as [RTE, COPA]; all: those of `patterns` that root has"
+    )
     splits: TaskSplits = Field(TaskSplits(), description="where dev and test come from")
     splits_of: dict[TaskName, TaskSplits] = Field({}, description="the same, where a task differs")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of train that dev: held_out takes; by limit_seed")
