@@ -22,7 +22,7 @@ from megaptune.trainer import Stage
 def ask(stage: Stage, job: Job, records: Sequence[SuperGlueRecord], table: Tensor, first_row: int = 0) -> OptionOutcome:
     """Scores and log-probabilities [N, O] of the options of records, under the job's pattern or its head.
 
-    Collective: every rank calls this with the same records. ``table`` [R, D] holds the job's rows from ``first_row`` on.
+    Collective: every rank calls this with the same records. The job's rows of ``table`` [R, D] begin at ``first_row``.
     """
     encoded = job.encoded
     assert isinstance(encoded, EncodedOptions)
