@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaptune.classifier_examples import ClassifierEncoder
-from megaptune.config import Config, Reading, SuperGlueTask
+from megaptune.config import Config, Reading
 from megaptune.errors import DataError
 from megaptune.examples import Variant
 from megaptune.methods import METHODS, Method, MethodName
@@ -20,6 +20,7 @@ from megaptune.pattern_examples import LabelExample, PatternEncoder
 from megaptune.patterns import Kind, TaskName, TaskPatterns, Use
 from megaptune.prompts.template import Template
 from megaptune.prompts.tokens import TokenForms
+from megaptune.superglue_config import SuperGlueTask
 from megaptune.tasks.superglue.loading import FileName, load_split
 from megaptune.tasks.superglue.metrics import score, task_score
 from megaptune.tasks.superglue.records import SplitData, SuperGlueRecord

@@ -156,4 +156,4 @@ def test_a_label_that_is_none(checked: Check, data: Path):
 
 
 def test_templates_of_other_tasks_are_refused(checked: Check):
-    assert "jobs.templates is for tasks with templates" in checked(jobs={"templates": ["[P] {premise} [answer]"]})
+    assert "jobs.templates is for other tasks" in checked(jobs={"templates": ["[P] {premise} [answer]"]})

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megaptune"
 LAYERS = """
 __init__
 errors
-config_files            patterns  methods  config  schedule
+config_files            patterns  methods  config_base  superglue_config  config  schedule
 run                     run.files  run.roll_call  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
 backbone.description
