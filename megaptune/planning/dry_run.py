@@ -10,7 +10,7 @@ from rich.table import Table
 from megaptune.backbone.description import load_tokenizer
 from megaptune.backbone.weight_files import has_tokenizer
 from megaptune.batches import EpochPlan, micro_batches, rounds
-from megaptune.config import Config, SuperGlueTask
+from megaptune.config import Config
 from megaptune.config_files import unset_variable
 from megaptune.errors import BackboneError, ConfigError
 from megaptune.examples import PreparedTask
@@ -25,6 +25,7 @@ from megaptune.preparation import PreparedRun, encode_tasks, load_tasks, prepare
 from megaptune.prompts.template import Template
 from megaptune.run.grid import check_grid
 from megaptune.run.monitor import Monitor
+from megaptune.superglue_config import SuperGlueTask
 from megaptune.superglue_examples import PreparedSuperGlue, SuperGlueData
 from megaptune.tasks.records import TaskData
 
