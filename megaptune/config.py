@@ -18,7 +18,9 @@ from megaptune.superglue_config import SuperGlueTask, pattern_problems
 
 Reading = str
 """The candidates that an answer is compared with: one of READINGS, or the name of one of task.word_lists."""
-READINGS = ("answers", "word_list", "vocabulary")
+READINGS = ("answers", "word_list", "vocabulary", "answers_multi")
+LONG_ANSWERS = "answers_multi"
+"""The reading that keeps answers of several tokens: it is of whole answers, not of single tokens."""
 
 
 class RunConfig(Section):
@@ -100,10 +102,15 @@ class ScoringConfig(Section):
     evaluate_over: list[Reading] = Field(
         ["answers", "vocabulary"],
         min_length=1,
-        description="the candidate sets that test figures are given for: answers, word_list, vocabulary, or one of "
-        "task.word_lists",
+        description="the candidate sets that test figures are given for: answers, word_list, vocabulary, one of "
+        "task.word_lists, or answers_multi: answers of several tokens too, by likelihood (of frozen LMs)",
     )
     select_on: Reading = Field("vocabulary", description="the reading for early stopping and the headline figure")
+
+    @property
+    def by_token(self) -> list[Reading]:
+        """The readings of test figures that compare single tokens."""
+        return [name for name in self.evaluate_over if name != LONG_ANSWERS]
 
 
 class TrainConfig(Section):
@@ -301,6 +308,8 @@ class Config(Section):
             problems.append(
                 f"scoring.select_on is {self.scoring.select_on!r}, which scoring.evaluate_over does not list"
             )
+        elif self.scoring.select_on == LONG_ANSWERS:
+            problems.append(f"scoring.select_on: {LONG_ANSWERS} is reported only; select on a reading of single tokens")
         if isinstance(self.task, CustomTask):
             training = next((name for name in self.methods if METHODS[name].trains), None)
             missing = [f"task.{split}" for split in ("train", "dev") if getattr(self.task, split) is None]

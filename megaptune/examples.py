@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megaptune.config import Config, Reading, TaskConfig
+from megaptune.config import LONG_ANSWERS, Config, Reading, TaskConfig
 from megaptune.errors import DataError
 from megaptune.methods import METHODS, PROMPT_SETS, Method, MethodName, PromptSet
-from megaptune.prompts.template import Kind, Template, without_pseudo_tokens
+from megaptune.prompts.template import EncodedPrompt, Kind, Template, without_pseudo_tokens
 from megaptune.prompts.tokens import TokenForms
-from megaptune.prompts.verbalizer import Verbalizer
+from megaptune.prompts.verbalizer import AnswerTokens, Tokens, Verbalizer
 from megaptune.tasks.records import SPLITS, Record, Split, TaskData, sample
 
 
@@ -45,13 +45,32 @@ class Example:
 
 
 @dataclass(frozen=True)
+class LongExample:
+    """An answer of any number of tokens. prompts: the input by the number of the answer's tokens, which a masked LM has
+    as many masks for; a causal LM's is the same for all and stands under 1."""
+
+    prompts: dict[int, EncodedPrompt]
+    answer: Tokens
+    record: Record
+
+    @property
+    def inputs(self) -> list[list[int]]:
+        return [prompt.slots for prompt in self.prompts.values()]
+
+    @property
+    def length(self) -> int:
+        return max(map(len, self.inputs))
+
+
+@dataclass(frozen=True)
 class EncodedTask:
-    """A task's splits under one template."""
+    """A task's splits under one template. long: test's, with answers of any number of tokens, where that is wanted."""
 
     template: Template
     train: list[Example]
     dev: list[Example]
     test: list[Example]
+    long: list[LongExample] = field(default_factory=list)
     encoder = None  # the configuration's, or the method's
 
     @property
@@ -75,6 +94,14 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class LongTask:
+    """The task with answers of any number of tokens; its records are sampled as those of single tokens are."""
+
+    data: TaskData
+    answers: AnswerTokens
+
+
+@dataclass(frozen=True)
 class PreparedTask:
     """Records whose answers are single tokens, encoded for each method, and each reading's candidate ids [C].
 
@@ -92,6 +119,7 @@ class PreparedTask:
     swept: dict[str, EncodedTask] = field(default_factory=dict)
     searched: dict[PromptSet, list[EncodedTask]] = field(default_factory=dict)
     left_out: dict[MethodName, str] = field(default_factory=dict)
+    long: LongTask | None = None
 
     headline = "p_at_1"
     """The figure that dev chooses the epoch by."""
@@ -136,6 +164,8 @@ class PreparedTask:
         return [*self.swept.values(), *others, *searched]
 
     def num_candidates(self, reading: Reading, vocabulary_size: int) -> int:
+        if reading == LONG_ANSWERS:
+            return len(self.long.answers.words) if self.long is not None else 0
         ids = self.candidates[reading]
         return vocabulary_size if ids is None else len(ids)
 
@@ -144,6 +174,10 @@ class PreparedTask:
         data, base = self.data, baselines(self.data)
         counts = ", ".join(f"{len(records)} {split}" for split, records in data.splits.items())
         dropped = "".join(f"; dropped: {count} {reason}" for reason, count in data.dropped.items() if count)
+        if self.long is not None:
+            tests = self.long.data.splits["test"]
+            regained = sum(len(self.long.answers.tokens_of[record.answer]) > 1 for record in tests)
+            counts += f"; {LONG_ANSWERS}: {len(tests)} test, {regained} with an answer of several tokens"
         left_out = "".join(f"\n  left out   {method}: {why}" for method, why in self.left_out.items())
         sizes = ", ".join(f"{reading} {self.num_candidates(reading, vocabulary_size)}" for reading in self.candidates)
         return (
@@ -171,6 +205,7 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
     flags = {
         split: [record.answer in verbalizer.token_of for record in members] for split, members in data.splits.items()
     }
+    long = _long_task(data, config, forms) if LONG_ANSWERS in config.scoring.evaluate_over else None
     data = data.keep("answer of several tokens", flags)
     methods = [METHODS[name] for name in config.methods]
     sets, left_out = _readable(data, config, kind)
@@ -185,9 +220,7 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
             )
             raise DataError(f"{data.name}: no {split} records are left (dropped: {lost})")
     answers = {record.answer for members in data.splits.values() for record in members}
-    limits = {"train": task.limit_train, "dev": task.limit_dev, "test": task.limit_test}
-    limited = {split: sample(members, limits[split], task.limit_seed) for split, members in data.splits.items()}
-    data = replace(data, splits=limited)
+    data = _limited(data, task)
 
     def encode(text: str, splits: tuple[Split, ...]) -> EncodedTask:
         template = Template(text, kind)
@@ -197,7 +230,9 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         )
         if kind == "causal" and config.train.loss_position == "before_answer":
             train = [_read_too_early(example) for example in train]
-        return EncodedTask(template, train, dev, test)
+        return EncodedTask(
+            template, train, dev, test, [] if long is None else _encode_long(long, template, forms, max_tokens)
+        )
 
     prompts = {method.prompt for method in methods}
     manual = tuned = bare = None
@@ -223,7 +258,38 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
     }
     candidates = _candidates(answers, data, verbalizer, forms)
     _require_listed(data, candidates, config, verbalizer)
-    return PreparedTask(data, candidates, manual, tuned, bare, swept, searched, left_out)
+    return PreparedTask(data, candidates, manual, tuned, bare, swept, searched, left_out, long)
+
+
+def _limited(data: TaskData, task: TaskConfig) -> TaskData:
+    limits = {"train": task.limit_train, "dev": task.limit_dev, "test": task.limit_test}
+    limited = {split: sample(members, limits[split], task.limit_seed) for split, members in data.splits.items()}
+    return replace(data, splits=limited)
+
+
+def _long_task(data: TaskData, config: Config, forms: TokenForms) -> LongTask:
+    assert isinstance(config.task, TaskConfig)
+    answers = AnswerTokens.of([record.answer for split in SPLITS for record in data.splits[split]], forms)
+    flags = {split: [record.answer in answers.tokens_of for record in data.splits[split]] for split in SPLITS}
+    return LongTask(_limited(data.keep("answer that the tokenizer does not know", flags), config.task), answers)
+
+
+def _encode_long(long: LongTask, template: Template, forms: TokenForms, max_tokens: int) -> list[LongExample]:
+    lengths = long.answers.lengths if template.kind == "masked" else [1]
+    behind = max(long.answers.lengths, default=1) - 1 if template.kind == "causal" else 0
+    limit = max_tokens - behind if template.shortens else None
+    examples = []
+    for record in long.data.splits["test"]:
+        prompts = {count: template.encode(record, forms, 0, limit, count) for count in lengths}
+        longest = max(len(prompt.slots) for prompt in prompts.values()) + behind
+        if longest > max_tokens:
+            raise DataError(
+                f"{record.source}: the prompt with the longest answer is {longest} tokens long, the backbone's context "
+                f"holds {max_tokens}; shorten the record or the template {template.text!r}, or leave "
+                f"{LONG_ANSWERS} out of scoring.evaluate_over"
+            )
+        examples.append(LongExample(prompts, long.answers.tokens_of[record.answer], record))
+    return examples
 
 
 def _readable(data: TaskData, config: Config, kind: Kind) -> tuple[dict[PromptSet, list[str]], dict[MethodName, str]]:

@@ -22,9 +22,10 @@ from megaptune.batches import Member
 from megaptune.config import Config, Reading
 from megaptune.errors import DivergedError, SetupError
 from megaptune.evaluation import Outcome, Outcomes
-from megaptune.examples import Example, PreparedTask
+from megaptune.examples import EncodedTask, Example, PreparedTask
 from megaptune.jobs import Job, Training
 from megaptune.kernels import dispatch
+from megaptune.long_answers import LongMember, LongOutcome, rank_answers
 from megaptune.methods import METHODS, MethodName
 from megaptune.option_examples import OptionExample
 from megaptune.option_scoring import OptionOutcome, OptionScorer
@@ -133,7 +134,7 @@ class Experiment:
         if not tasks:
             options = OptionScorer(self.host, self.option_scorer(jobs))
             return Stage(self.config, self.host, self.topology, {}, pad_id, self.monitor, self.stop, options)
-        readings = sorted({*self.config.scoring.evaluate_over, self.config.scoring.train_over})
+        readings = sorted({*self.config.scoring.by_token, self.config.scoring.train_over})
         set_of = [0] * (max(job.number for job in jobs) + 1)
         for job in jobs:
             set_of[job.number] = next(place for place, task in enumerate(tasks) if task is job.task)
@@ -177,7 +178,9 @@ class Experiment:
         for job in zero_shot:
             self.monitor.rewind({job.name: 0})
             extra = self.choose_prompt(job, stage)
-            self.finish(job, self.zero_shot(job, job.encoded.reported, stage, self.config.scoring.evaluate_over), extra)
+            outcomes = self.zero_shot(job, job.encoded.reported, stage, self.config.scoring.by_token)
+            nothing = torch.zeros(0, self.host.width, device=self.host.device)
+            self.finish(job, outcomes, extra, self.rank_answers([(job, 0)], nothing).get(job.number))
         if training:
             self.train(training, stage, self.directory.path / "checkpoints")
         else:
@@ -207,23 +210,50 @@ class Experiment:
 
         def finish(trainings: list[Training], table: torch.Tensor) -> None:
             members, first_row = [], 0
+            placed = []
             for training in trainings:
                 job = training.job
+                placed.append((job, first_row))
                 members += [Member(example, first_row, job.number) for example in job.encoded.reported]
                 first_row += training.prompt.rows
-            outcomes = stage.evaluate(members, table, self.config.scoring.evaluate_over)
+            outcomes = stage.evaluate(members, table, self.config.scoring.by_token)
+            long = self.rank_answers(placed, table)
             first = first_row = 0
             for training in trainings:
                 stop, last_row = first + len(training.job.encoded.reported), first_row + training.prompt.rows
                 mine: Outcomes = {reading: found.of(slice(first, stop)) for reading, found in outcomes.items()}
-                self.finish_training(trainer, training, table[first_row:last_row], mine)
+                rows = table[first_row:last_row]
+                self.finish_training(trainer, training, rows, mine, long.get(training.job.number))
                 first, first_row = stop, last_row
 
         trainer = Trainer(stage, jobs, checkpoints, finish)
         trainer.fit()
         self.diverged |= trainer.diverged
 
-    def finish_training(self, trainer: Trainer, training: Training, vectors: torch.Tensor, outcomes: Outcomes) -> None:
+    def rank_answers(self, jobs: list[tuple[Job, int]], table: torch.Tensor) -> dict[int, LongOutcome]:
+        """By the jobs' numbers, where answers of several tokens are wanted; a job comes with its first row."""
+        members: list[LongMember] = []
+        spans: dict[int, range] = {}
+        for job, first_row in jobs:
+            task, encoded = job.task, job.encoded
+            if isinstance(task, PreparedTask) and isinstance(encoded, EncodedTask) and task.long and encoded.long:
+                first = len(members)
+                members += [LongMember(e, task.long.answers, first_row, job.number) for e in encoded.long]
+                spans[job.number] = range(first, len(members))
+        if not members or self.host.trained:
+            return {}
+        batch, pad_id = self.config.evaluation.batch, self.prepared.pad_id
+        outcome = rank_answers(self.host, members, table, batch, pad_id)
+        return {number: outcome.among(index in span for index in range(len(members))) for number, span in spans.items()}
+
+    def finish_training(
+        self,
+        trainer: Trainer,
+        training: Training,
+        vectors: torch.Tensor,
+        outcomes: Outcomes,
+        long: LongOutcome | None = None,
+    ) -> None:
         job, bank = training.job, trainer.bank
         writer = training.prompt.owner or 0
         if training.prompt.rows and self.topology.rank == writer:
@@ -249,9 +279,9 @@ class Experiment:
         }
         if training.prompt.rows:
             extra |= {"learning_rate": job.variant.learning_rate, "variant": job.variant.suffix.lstrip("-")}
-        self.finish(job, outcomes, extra)
+        self.finish(job, outcomes, extra, long)
 
-    def finish(self, job: Job, outcomes: Outcomes, extra: dict[str, Any]) -> None:
+    def finish(self, job: Job, outcomes: Outcomes, extra: dict[str, Any], long: LongOutcome | None = None) -> None:
         """Write the job's result last of all, so that a job with a result is a finished one."""
         if not self.topology.is_main:
             return
@@ -260,7 +290,7 @@ class Experiment:
             assert isinstance(found, OptionOutcome)
             return finish_superglue(job, found, self.config, self.directory, self.monitor, extra)
         read = {reading: outcome for reading, outcome in outcomes.items() if isinstance(outcome, Outcome)}
-        finish_facts(job, read, self.prepared, self.host.vocabulary_size, self.monitor, extra)
+        finish_facts(job, read, long, self.prepared, self.host.vocabulary_size, self.monitor, extra)
 
     def require_finite(self) -> None:
         """:raises DivergedError: naming the jobs that diverged, when all others have their results."""

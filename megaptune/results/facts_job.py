@@ -2,15 +2,18 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megaptune.config import Reading
+from megaptune.config import LONG_ANSWERS, Reading
 from megaptune.evaluation import Outcome
 from megaptune.examples import EncodedTask, PreparedTask, baselines, easy
 from megaptune.jobs import Job
+from megaptune.long_answers import BEST, LongOutcome
 from megaptune.preparation import PreparedRun
+from megaptune.prompts.verbalizer import AnswerTokens
 from megaptune.run.files import write_json, write_whole
 from megaptune.run.monitor import Monitor
 
@@ -18,19 +21,31 @@ from megaptune.run.monitor import Monitor
 def finish_facts(
     job: Job,
     outcomes: dict[Reading, Outcome],
+    long: LongOutcome | None,
     run: PreparedRun,
     vocabulary_size: int,
     monitor: Monitor,
     extra: dict[str, Any],
 ) -> None:
-    """Write all of it, the result last; ``outcomes`` are those of the test examples."""
+    """Write all of it, the result last; ``outcomes`` are those of the test examples, ``long`` that of the answers of
+    any number of tokens."""
     task, encoded, config = job.task, job.encoded, run.config
     assert isinstance(task, PreparedTask)
     assert isinstance(encoded, EncodedTask)
     data, template, folder = task.data, encoded.template.text, job.folder
-    figures = {reading: asdict(outcome.figures) for reading, outcome in outcomes.items()}
+    figures: dict[Reading, dict[str, Any]] = {reading: asdict(o.figures) for reading, o in outcomes.items()}
+    other_baselines = _baselines_of(encoded, outcomes, task)
+    parts: dict[str, dict[str, float]] = {}
+    if long is not None and task.long is not None:
+        figures[LONG_ANSWERS] = long.figures
+        other_baselines[LONG_ANSWERS] = asdict(baselines(task.long.data))
+        parts = {
+            "one_token": long.among(not several for several in long.regained).figures,
+            "regained": long.among(long.regained).figures,
+        }
+        _write_lines(folder / "predictions_multi.jsonl", _long_predictions(encoded, long, task.long.answers))
     lines = _predictions(encoded, outcomes[config.scoring.select_on], run.tokenizer)
-    write_whole(folder / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _write_lines(folder / "predictions.jsonl", lines)
     for reading, values in figures.items():
         monitor.record("test", job.name, extra.get("steps", 0), {"reading": reading, **values})
     shown = lines[: config.monitor.sample_predictions]
@@ -55,12 +70,13 @@ def finish_facts(
             "template": template,
             "test": figures,
             "baselines": asdict(baselines(data)),
-            "baselines_of": _baselines_of(encoded, outcomes, task),
+            "baselines_of": other_baselines,
+            **({LONG_ANSWERS: parts} if parts else {}),
             "difficulty": _by_difficulty(outcomes, task),
             "counts": {split: len(records) for split, records in data.splits.items()},
             "dropped": data.dropped,
             "left_out": task.left_out,
-            "candidates": {reading: task.num_candidates(reading, vocabulary_size) for reading in outcomes},
+            "candidates": {reading: task.num_candidates(reading, vocabulary_size) for reading in figures},
             **extra,
         },
     )
@@ -80,6 +96,24 @@ def _predictions(encoded: EncodedTask, outcome: Outcome, tokenizer: Any) -> list
         }
         for example, word, rank in zip(encoded.test, words, outcome.rank.tolist(), strict=True)
     ]
+
+
+def _long_predictions(encoded: EncodedTask, outcome: LongOutcome, answers: AnswerTokens) -> list[dict[str, Any]]:
+    """The best answer with its log-probability; the rank is None where the right one is not among the ten best."""
+    return [
+        {
+            "subject": example.record.subject,
+            "answer": example.record.answer,
+            "predicted": answers.words[best[0][1]][0],
+            "log_probability": round(best[0][0], 4),
+            "rank": rank + 1 if rank < BEST else None,
+        }
+        for example, best, rank in zip(encoded.long, outcome.best, outcome.rank, strict=True)
+    ]
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _baselines_of(

@@ -59,7 +59,10 @@ def run(tiny, tmp_path_factory):
         },
         prompt={"template": "[P*3] {subject} [P*3] [answer]", "manual": None},
         methods=["manual", "manual_lpaqa", "manual_autoprompt", "ptuning"],
-        scoring={"evaluate_over": ["answers", "word_list", "short", "vocabulary"], "select_on": "word_list"},
+        scoring={
+            "evaluate_over": ["answers", "word_list", "short", "vocabulary", "answers_multi"],
+            "select_on": "word_list",
+        },
     )
     text = (
         config.read_text()
@@ -124,7 +127,7 @@ def test_the_markdown_table_has_the_same_rows(run, results):
 
 def test_the_test_split_is_scored_once_a_job(run):
     scored = [(line["job"], line["reading"]) for line in metrics(run) if line["kind"] == "test"]
-    assert len(scored) == len(set(scored)) == 9 * 4
+    assert len(scored) == len(set(scored)) == 9 * 5
 
 
 def plain_p_at_1(folder, tokenizer, prompt, facts, words):
@@ -162,6 +165,21 @@ def test_easy_and_hard_facts_are_told_apart(run, results):
     assert rows["P17", "easy"]["in_subject"] == 1.0
     macro = mean(rows[relation, "hard"]["manual"]["mean"] for relation in ("P17", "P30"))
     assert rows["macro average of 2", "hard"]["manual"]["mean"] == pytest.approx(macro)
+
+
+def test_records_with_answers_of_several_tokens_are_regained(run, results):
+    jobs = {job["method"]: job for job in results["jobs"] if job["task"] == "P17" and job["seed"] in (None, 0)}
+    assert set(jobs) == {"manual", "manual_lpaqa", "manual_autoprompt", "ptuning"}
+    for job in jobs.values():
+        assert job["test"]["answers_multi"]["count"] == 14  # 13 of one token
+        assert (job["answers_multi"]["one_token"]["count"], job["answers_multi"]["regained"]["count"]) == (13, 1)
+        assert job["candidates"]["answers_multi"] == job["candidates"]["answers"] + 1
+        # A random model gives 14 tokens in a row next to no probability, so one token is answered as without them.
+        assert job["answers_multi"]["one_token"]["p_at_1"] == pytest.approx(job["test"]["answers"]["p_at_1"])
+    row = next(row for row in results["table"] if (row["relation"], row["reading"]) == ("P17", "answers_multi"))
+    assert (row["test"], row["candidates"]) == (14, 9)
+    lines = (run / "jobs/P17/manual/predictions_multi.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines].count(UNKNOWN_WORD) == 1
 
 
 def test_of_several_prompts_the_best_on_dev_is_scored(results, tiny, tokenizers):

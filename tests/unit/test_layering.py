@@ -36,6 +36,7 @@ prompts                 prompts.tokens  prompts.shortening  prompts.template  pr
 prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack  prompts.bank
 pattern_examples        option_examples  classifier_examples
 examples                superglue_examples  batches  scoring  option_scoring  evaluation
+long_answers
 jobs                    training_report  training_state
 trainer                 option_models  preparation
 planning                planning.layout  planning.activations  planning.workload  planning.memory
