@@ -227,12 +227,15 @@ def backbone() -> None:
 
 
 @app.command()
-def options() -> None:
+def options(
+    of: Annotated[Literal["train", "pretrain"], typer.Option(help="the command whose configuration it is")] = "train",
+) -> None:
     """Every key of a configuration as a Markdown table: type, default, meaning."""
     from megaptune.config_files import options_table
+    from megaptune.pretraining.config import PretrainConfig
 
     typer.echo("| key | type | default | meaning |\n| --- | --- | --- | --- |")
-    for row in options_table(Config):
+    for row in options_table({"train": Config, "pretrain": PretrainConfig}[of]):
         typer.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{row[0]}`", *row[1:])) + " |")
 
 

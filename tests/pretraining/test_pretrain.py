@@ -1,10 +1,12 @@
 """``megaptune pretrain``: a corpus becomes a backbone, the same one every time, interrupted or not."""
 
 import gzip
+import itertools
 import json
 import os
 import random
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -14,13 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from tiny import CAPITALS, CITIES, FILLERS, write_config
+from ranks import run_ranks, train
+from runs import metrics
+from tiny import CAPITALS, CITIES, FILLERS, WORDS, write_config
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from megaptune.backbone.embedded import is_embedded
 from megaptune.cli import app
+from megaptune.config import load_config
+from megaptune.pretraining.config import load_pretrain_config
 from megaptune.pretraining.corpus import batches
 from megaptune.run.monitor import Monitor
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA, STOPPED = 2, 75  # exit codes, as in megaptune/errors.py
 BERT, GPT2 = "bert", "gpt2"
 
@@ -167,12 +177,33 @@ def test_a_damaged_checkpoint_is_named(corpus: Path, tmp_path: Path, monkeypatch
     assert f"{checkpoint} is damaged" in done.stderr
 
 
-@pytest.mark.parametrize("kind", [GPT2, BERT])
-def test_a_prompt_is_tuned_on_it(kind: str, trained: dict[str, Path], tmp_path: Path):
-    config = write_config(tmp_path, kind, backbone={"path": str(trained[kind])})
-    done = CliRunner().invoke(app, ["check", "--config", str(config)])
-    assert done.exit_code == 0, done.output
-    assert "0 dropped" in done.stdout or "the configuration is sound" in done.stdout
+def albert(folder: Path) -> Path:
+    """A random ALBERT with a SentencePiece kind of tokenizer, as albert-* folders have."""
+    pieces = [*("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"), *(f"\u2581{word}" for word in WORDS), *string.printable]
+    learnt = Tokenizer(models.Unigram([(piece, -1.0) for piece in dict.fromkeys(pieces)], unk_id=1))
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace()
+    learnt.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad": "<pad>", "unk": "<unk>", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    specials = {f"{role}_token": token for role, token in names.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learnt, **specials)
+    tokenizer.save_pretrained(folder)
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "embedding_size": 16}
+    AlbertForMaskedLM(AlbertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **shape)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.parametrize("kind", [GPT2, BERT, "albert"])
+def test_a_prompt_is_tuned_on_the_folder(kind: str, trained: dict[str, Path], tmp_path: Path):
+    """The parity tests do it with random folders of GPT-2, BERT and RoBERTa."""
+    place = trained[kind] if kind in trained else albert(tmp_path / "albert")
+    config = write_config(tmp_path, kind, backbone={"path": str(place)}, train={"epochs": 4, "learning_rate": 5e-2})
+    run_ranks(1, train, config)
+    dev = [line["loss"] for line in metrics(tmp_path / "run") if line["kind"] == "dev"]
+    assert dev[-1] < dev[0]
 
 
 @pytest.mark.parametrize(
@@ -207,10 +238,23 @@ def test_batches_hold_every_row_once_within_the_limit():
         assert all(len(batch) * max(len(rows[index]) for index in batch) <= 128 for batch in plan)
 
 
-@pytest.mark.parametrize("name", ["gpt2_small", "bert_small"])
-def test_shipped_recipes_load(name: str, monkeypatch: pytest.MonkeyPatch):
-    from megaptune.pretraining.config import load_pretrain_config
-
+def test_the_commands_of_the_page_read_their_files(monkeypatch: pytest.MonkeyPatch):
+    """docs/pretraining.md: files, keys and values are there, and what pretrain writes is what the runs read."""
     monkeypatch.setenv("MEGAPTUNE_DATA", "/somewhere")
-    config = load_pretrain_config(Path(__file__).parents[2] / "configs" / "pretrain" / f"{name}.yaml")
-    assert config.model.kind == name.removesuffix("_small")
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    commands = [line.split() for line in page.splitlines() if line.startswith(("megaptune ", "deepspeed "))]
+    written, read = set(), set()
+    for words in commands:
+        file = Path(words[words.index("--config") + 1])
+        overrides = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
+        if words[1] == "pretrain":
+            written.add(load_pretrain_config(file, overrides).run.directory.resolve())
+        else:
+            read.add(Path(load_config(file, overrides, is_embedded).backbone.path))
+    assert {ROOT / "runs/pretrain/gpt2_small", ROOT / "runs/pretrain/bert_small"} <= written & read
+
+
+def test_the_pages_table_of_keys_is_what_the_program_prints():
+    printed = CliRunner().invoke(app, ["options", "--of", "pretrain"]).output
+    assert printed in (ROOT / "docs" / "pretraining.md").read_text(encoding="utf-8")
