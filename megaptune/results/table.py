@@ -118,12 +118,12 @@ class ResultsTable:
         ]
         groups = [("", tasks), *self._types(tasks)] if len(tasks) > 1 else []
         self.rows += [
-            self._average(f"{kind} average of {len(members)}{label}", kind, reading, members, variant)
+            self._average(f"{kind} average of {len(read)}{label}", kind, reading, read, variant)
             for label, members in groups
             for kind in ("macro", "micro")
             for variant in ([*self.variants, CHOSEN] if self.variants else [""])
             for reading in readings
-            if any(self._any_job(task, reading) for task in members)
+            if (read := [task for task in members if self._any_job(task, reading)])
         ]
 
     @classmethod
