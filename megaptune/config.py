@@ -8,22 +8,20 @@ A relative input path is relative to the file that states it (with ``--set``: to
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from megaptune import config_files
+from megaptune.config_base import Limits, Section
 from megaptune.errors import ConfigError
 from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
-from megaptune.patterns import USES, PatternBook, TaskName, Use
+from megaptune.patterns import PatternBook, TaskName
+from megaptune.superglue_config import SuperGlueTask, pattern_problems
 
 Reading = str
 """The candidates that an answer is compared with: one of READINGS, or the name of one of task.word_lists."""
 READINGS = ("answers", "word_list", "vocabulary", "answers_multi")
 LONG_ANSWERS = "answers_multi"
 """The reading that keeps answers of several tokens: it is of whole answers, not of single tokens."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -44,15 +42,6 @@ class BackboneConfig(Section):
     random_weights: int | None = Field(
         None, ge=0, description="a control: draw all weights from this seed, so that the LM knows nothing"
     )
-
-
-class Limits(Section):
-    """What all tasks have in common."""
-
-    limit_train: int | None = Field(None, ge=1, description="use this many training records, sampled by limit_seed")
-    limit_dev: int | None = Field(None, ge=1, description="the same for dev")
-    limit_test: int | None = Field(None, ge=1, description="the same for test, for a quick look")
-    limit_seed: int = Field(0, description="which records a limit samples; not tied to run.seeds")
 
 
 class TaskConfig(Limits):
@@ -95,61 +84,6 @@ class CustomTask(TaskConfig):
     test: Path = Field(description="file of records to report on")
     answer: str = Field(description="the field that holds the answer")
     subject: str | None = Field(None, description="the field searched for copied answers; default: all other fields")
-
-
-class TaskSplits(Section):
-    """Where the records come from that choose the epoch, and those that are reported on."""
-
-    dev: Literal["dev32", "held_out"] = Field(
-        "held_out", description="records that choose the epoch: the file dev32, or a part of train that is held out"
-    )
-    test: Literal["val", "dev32"] = Field("val", description="the labelled file that is reported on, never selected on")
-
-    @model_validator(mode="after")
-    def _differ(self) -> "TaskSplits":
-        if self.dev == self.test:
-            raise ValueError(f"{self.dev} cannot both choose the epoch and be reported on; name another file as one")
-        return self
-
-
-PatternNames = list[str] | Literal["all"]
-
-
-class SuperGlueTask(Limits):
-    """SuperGLUE or FewGLUE in the official folders, under the patterns of the section ``patterns``."""
-
-    type: Literal["superglue"] = Field(description="SuperGLUE and FewGLUE in the official folders")
-    root: Path | list[Path] = Field(description="folder with a folder for each task; of several the first that has it")
-    tasks: list[TaskName] | Literal["all"] = Field("all", description="such as [RTE, COPA]; all: those of `patterns`")
-    splits: TaskSplits = Field(TaskSplits(), description="where dev and test come from")
-    splits_of: dict[TaskName, TaskSplits] = Field({}, description="the same, where a task differs")
-    held_out: float = Field(0.1, gt=0, lt=1, description="share of train that dev: held_out takes; by limit_seed")
-    manual: dict[TaskName, PatternNames] = Field(
-        {}, description="manual patterns by task, each a job of its own; default: the first that fits the backbone"
-    )
-    ptuning: dict[TaskName, PatternNames] = Field({}, description="the same for patterns with pseudo tokens")
-    mirror_copa: bool = Field(False, description="train COPA on each example with its choices in both orders")
-    choice_score: Literal["sum", "mean"] = Field(
-        "sum", description="a choice of several tokens scores the sum of their log-probabilities, or the mean"
-    )
-    predict_test: bool = Field(False, description="predict the unlabelled test file, as SuperGLUE's server takes it")
-
-    @property
-    def word_list(self) -> None:
-        """Answers are label words and choices."""
-        return None
-
-    @property
-    def roots(self) -> list[Path]:
-        return self.root if isinstance(self.root, list) else [self.root]
-
-    def splits_for(self, task: TaskName) -> TaskSplits:
-        return self.splits_of.get(task, self.splits)
-
-    def patterns_of(self, use: Use, task: TaskName) -> PatternNames:
-        """The names asked for; none: the first that fits."""
-        found: dict[TaskName, PatternNames] = getattr(self, use)
-        return found.get(task, [])
 
 
 class PromptConfig(Section):
@@ -393,7 +327,9 @@ class Config(Section):
         if self.backbone.random_weights is not None and not any(METHODS[name].trains for name in self.methods):
             problems.append("backbone.random_weights is a control for what is trained; no method here trains anything")
         if isinstance(self.task, SuperGlueTask):
-            problems += self._pattern_problems(self.task)
+            problems += pattern_problems(self.task, self.patterns)
+            if self.jobs.templates:
+                problems.append("jobs.templates is for other tasks; of a superglue task name patterns in task.ptuning")
         problems += self._layout_problems()
         problems += self._dropout_problems()
         lists: dict[str, list[Any]] = {
@@ -413,28 +349,6 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
-
-    def _pattern_problems(self, task: SuperGlueTask) -> list[str]:
-        """Patterns that are asked for and not there."""
-        problems = []
-        if not self.patterns:
-            problems.append("a superglue task needs `patterns`: name configs/patterns/all.yaml in `defaults:`")
-        there = ", ".join(self.patterns)
-        for name in task.tasks if task.tasks != "all" else []:
-            if self.patterns and name not in self.patterns:
-                problems.append(f"task.tasks names {name}, which `patterns` has no section for (there: {there})")
-        for use in USES:
-            for name in self.patterns:
-                known: list[str] = list(getattr(self.patterns[name], use))
-                asked = task.patterns_of(use, name)
-                problems += [
-                    f"task.{use}.{name} names the pattern {wanted!r} (there: {', '.join(known) or 'none'})"
-                    for wanted in (asked if asked != "all" else [])
-                    if wanted not in known
-                ]
-        if self.jobs.templates:
-            problems.append("jobs.templates is for tasks with templates; a superglue task names task.ptuning patterns")
-        return problems
 
     def _dropout_problems(self) -> list[str]:
         """What computes a block in another form than the family's own, or more than once, has no dropout in it."""

@@ -11,7 +11,13 @@ from megaptune.config import Config, LamaTask, SuperGlueTask
 from megaptune.examples import PreparedTask, prepare_task
 from megaptune.prompts.tokens import TokenForms
 from megaptune.run.monitor import Monitor
-from megaptune.superglue_examples import PreparedSuperGlue, SuperGlueData, load_superglue, prepare_superglue
+from megaptune.superglue_examples import (
+    PreparedSuperGlue,
+    SuperGlueData,
+    absent_tasks,
+    load_superglue,
+    prepare_superglue,
+)
 from megaptune.tasks.custom import load_custom
 from megaptune.tasks.lama import load_lama, read_word_list
 from megaptune.tasks.records import TaskData
@@ -37,6 +43,9 @@ def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
     """:raises MegaptuneError: with the file, record or key at fault."""
     path = config.backbone.path
     tasks = load_tasks(config)
+    absent = absent_tasks(config)
+    if absent:
+        monitor.warn(f"task.tasks: all leaves out {', '.join(absent)}: no such folder in task.root")
     folder = embedded_folder(monitor.say) if is_embedded(path) else Path(path)
     backbone = describe_backbone(folder, config.backbone.kind, config.backbone.random_weights)
     tokenizer = load_tokenizer(folder)
