@@ -50,7 +50,7 @@ class TaskConfig(Limits):
         "error", description="an answer that is not one token of the backbone: stop, or drop the record and count it"
     )
     word_list: Path | None = Field(None, description="words answers may be: .txt (one a line) or LAMA's .json lists")
-    word_lists: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], Path] = Field(
+    word_lists: dict[str, Path] = Field(
         {}, description="more readings, name: file; each compares the records whose answer it lists over its words"
     )
 

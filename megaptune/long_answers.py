@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megaptune.backbone.host import BackboneHost
 from megaptune.backbone.output_rows import OutputRows
+from megaptune.backbone.tensor_parallel import UPCAST_ROWS
 from megaptune.batches import rounds
 from megaptune.examples import LongExample
 from megaptune.prompts.verbalizer import AnswerTokens, Tokens
@@ -191,7 +192,8 @@ def log_probabilities(
 
 def _logits(host: BackboneHost, features: Tensor, rows: OutputRows) -> Tensor:
     """features [R, D] -> [R, V] fp32, put together from the parts that ranks hold."""
-    mine = features.float() @ rows.weight.float().T
+    wide = features.float()
+    mine = torch.cat([wide @ block.float().T for block in rows.weight.split(UPCAST_ROWS)], dim=1)
     if rows.bias is not None:
         mine = mine + rows.bias.float()
     if host.grid.shards == 1:

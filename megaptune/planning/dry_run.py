@@ -19,7 +19,7 @@ from megaptune.planning.choice import candidate
 from megaptune.planning.layout import Layout, Machines, gibibytes
 from megaptune.planning.memory import weight_bytes
 from megaptune.planning.settle import settle
-from megaptune.planning.source import Source, find_backbone
+from megaptune.planning.source import Source, assumed_tokens, find_backbone
 from megaptune.planning.workload import Shapes, Workload, estimated_tokens
 from megaptune.preparation import PreparedRun, encode_tasks, load_tasks, prepare_run
 from megaptune.prompts.template import Template
@@ -98,7 +98,7 @@ def _tasks(config: Config, source: Source, shapes: Shapes, monitor: Monitor) -> 
         run = PreparedRun(config, description, tokenizer, encode_tasks(config, data, tokenizer, description))
         return _encoded(run), Workload.prepared(run)
     if isinstance(config.task, SuperGlueTask):
-        longest = min(source.max_tokens, max(config.patterns[name].max_tokens for name in config.tasks))
+        longest = min(source.max_tokens, assumed_tokens(config))
         glue = [Lengths(d.name, [longest] * _count(d)) for d in data]
         return glue, Workload.assumed(config, source.kind, longest, "the longest allowed: no tokenizer here")
     template = Template(config.prompt.template, source.kind)

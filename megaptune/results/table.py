@@ -13,10 +13,11 @@ from typing import Any, Literal
 from rich import box
 from rich.table import Table
 
-from megaptune.config import Config, Reading
+from megaptune.config import LONG_ANSWERS, Config, Reading
 from megaptune.methods import METHODS, MethodName
 from megaptune.run.files import read_json, write_json, write_whole
 
+LONG_PARTS = ("one_token", "regained")
 CHOSEN = "dev's choice"
 """In averages over a sweep: every relation's variant that is the best on dev."""
 EASY = (
@@ -117,12 +118,12 @@ class ResultsTable:
         ]
         groups = [("", tasks), *self._types(tasks)] if len(tasks) > 1 else []
         self.rows += [
-            self._average(f"{kind} average of {len(members)}{label}", kind, reading, members, variant)
+            self._average(f"{kind} average of {len(read)}{label}", kind, reading, read, variant)
             for label, members in groups
             for kind in ("macro", "micro")
             for variant in ([*self.variants, CHOSEN] if self.variants else [""])
             for reading in readings
-            if any(self._any_job(task, reading) for task in members)
+            if (read := [task for task in members if self._any_job(task, reading)])
         ]
 
     @classmethod
@@ -279,6 +280,7 @@ class ResultsTable:
         )
         if self.variants:
             notes += f" \\*: the variant with the best dev P@1; *{CHOSEN}*: every relation with that of its own."
+        notes += self._regained()
         lost = [
             f"{METHODS[method].label} without {task}: {why}"
             for task, found in self.left_out.items()
@@ -287,6 +289,18 @@ class ResultsTable:
         if lost:
             notes += " A number in brackets is that of the relations averaged. " + ". ".join(lost) + "."
         return "\n".join([*self.markdown_rows(), "", notes, ""])
+
+    def _regained(self) -> str:
+        """What the reading of whole answers means, and how many records it counts that others do not."""
+        jobs = {result["task"]: result[LONG_ANSWERS] for result in self.results if LONG_ANSWERS in result}
+        if not jobs:
+            return ""
+        counts = {name: sum(parts[name].get("count", 0) for parts in jobs.values()) for name in LONG_PARTS}
+        return (
+            f" *{LONG_ANSWERS}*: all answers of the relation by the likelihood of all their tokens; of its "
+            f"{sum(counts.values())} test records {counts['regained']} have an answer of several tokens, which other "
+            "readings leave out."
+        )
 
     def markdown_rows(self) -> list[str]:
         words = 3 if self.variants else 2

@@ -74,7 +74,7 @@ def test_sound_configurations_pass(checked: Check):
         ({"entailment": "Yes"}, "RTE: verbalizer mine has no word for the label 'not_entailment'"),
         ({"entailment": "Yes", "not_entailment": "Yes"}, "the word 'Yes' stands for 'entailment' and again for"),
         ({"entailment": "Yes", "not_entailment": "No", "maybe": "Maybe"}, "names 'maybe', which is no label of it"),
-        ({"entailment": "Yes", "not_entailment": "Quetzaltenango"}, "is 14 tokens of this backbone"),
+        ({"entailment": "Yes", "not_entailment": "Quetzaltenango"}, "tokens of this backbone"),
         ({"entailment": True, "not_entailment": "No"}, "quote it"),
     ],
 )

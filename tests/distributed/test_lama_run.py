@@ -178,6 +178,7 @@ def test_records_with_answers_of_several_tokens_are_regained(run, results):
         assert job["answers_multi"]["one_token"]["p_at_1"] == pytest.approx(job["test"]["answers"]["p_at_1"])
     row = next(row for row in results["table"] if (row["relation"], row["reading"]) == ("P17", "answers_multi"))
     assert (row["test"], row["candidates"]) == (14, 9)
+    assert "of its 26 test records 2 have an answer of several tokens" in (run / "results.md").read_text()
     lines = (run / "jobs/P17/manual/predictions_multi.jsonl").read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines].count(UNKNOWN_WORD) == 1
 

@@ -9,10 +9,13 @@ from ranks import run_ranks, train
 from runs import losses, metrics, prompt, result
 
 from megaptune.errors import DivergedError
-from megaptune.methods import METHODS
+from megaptune.methods import METHODS as ALL_METHODS
+from megaptune.methods import PROMPT_SETS
 
 pytestmark = pytest.mark.dist
 
+METHODS = {name: method for name, method in ALL_METHODS.items() if name not in PROMPT_SETS.values()}
+"""Those of a custom task, which has no prompts of LPAQA or AutoPrompt."""
 TUNED = [name for name, method in METHODS.items() if method.tunes_lm]
 
 
