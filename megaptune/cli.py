@@ -235,7 +235,7 @@ def options(
     from megaptune.pretraining.config import PretrainConfig
 
     typer.echo("| key | type | default | meaning |\n| --- | --- | --- | --- |")
-    for row in options_table({"train": Config, "pretrain": PretrainConfig}[of]):
+    for row in options_table(Config if of == "train" else PretrainConfig):
         typer.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{row[0]}`", *row[1:])) + " |")
 
 
