@@ -16,21 +16,32 @@ from torch import Tensor
 from megaptune.backbone.host import BackboneHost
 from megaptune.backbone.inputs import Inputs
 from megaptune.examples import Example
+from megaptune.option_examples import OptionExample
 
 
 class Member(NamedTuple):
     """An example as one job's: ``first_row`` is where the job's rows begin in the table, ``job`` its number there;
     ``virtual_tokens``: of the job's deep prompt, 0 for none."""
 
-    example: Example
+    example: Example | OptionExample
     first_row: int = 0
     job: int = 0
     virtual_tokens: int = 0
 
     @property
+    def inputs(self) -> list[list[int]]:
+        """The slots of its sequences; an example without options has one."""
+        return [self.shifted(slots) for slots in self.example.inputs]
+
+    @property
     def slots(self) -> list[int]:
+        (slots,) = self.inputs
+        return slots
+
+    def shifted(self, slots: list[int]) -> list[int]:
+        """Rows of the job as rows of the table."""
         first = self.first_row
-        return [slot - first if slot < 0 else slot for slot in self.example.slots] if first else self.example.slots
+        return [slot - first if slot < 0 else slot for slot in slots] if first else slots
 
 
 @dataclass(frozen=True)
@@ -102,11 +113,14 @@ def collate(members: Sequence[Member], host: BackboneHost, pad_id: int, stand_in
     All of them have deep prompts, or none has.
     """
     present = list(members) or [stand_in]
-    answers = [member.example.answer_position for member in present]
+    examples = [member.example for member in present if isinstance(member.example, Example)]
+    assert len(examples) == len(present), "examples with options are collated by option_scoring"
+    answers = [example.answer_position for example in examples]
     slots, jobs, rows = ([getattr(m, name) for m in present] for name in ("slots", "job", "first_row"))
+    virtual_tokens = present[0].virtual_tokens
     return Batch(
-        host.lay_out(slots, answers, jobs, pad_id, rows, present[0].virtual_tokens),
-        torch.tensor([member.example.answer for member in present], device=host.device),
+        host.lay_out(slots, answers, jobs, pad_id, first_rows=rows, virtual_tokens=virtual_tokens),
+        torch.tensor([example.answer for example in examples], device=host.device),
         torch.tensor(jobs, device=host.device),
         torch.full((len(present),), 1.0 if members else 0.0, device=host.device),
     )

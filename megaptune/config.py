@@ -8,19 +8,21 @@ A relative input path is relative to the file that states it (with ``--set``: to
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from megaptune import config_files
-from megaptune.errors import ConfigError
-from megaptune.methods import METHODS, MethodName
+from megaptune.config_base import Limits, Section
+from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
+from megaptune.patterns import PatternBook, TaskName
+from megaptune.superglue_config import SuperGlueTask, pattern_problems
 
-Reading = Literal["answers", "word_list", "vocabulary"]
+Reading = str
+"""The candidates that an answer is compared with: one of READINGS, or the name of one of task.word_lists."""
+READINGS = ("answers", "word_list", "vocabulary", "answers_multi")
+LONG_ANSWERS = "answers_multi"
+"""The reading that keeps answers of several tokens: it is of whole answers, not of single tokens."""
 EncoderName = Literal["lstm", "mlp", "table", "deep_table", "deep_mlp"]
 """Of ``prompts.encoder``."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -38,19 +40,21 @@ class BackboneConfig(Section):
     kind: Literal["auto", "causal", "masked"] = Field("auto", description="auto: from the folder's `architectures`")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the frozen weights; prompts are always fp32")
     verify: bool = Field(True, description="compare weight files with their recorded SHA-256, where one is recorded")
+    random_weights: int | None = Field(
+        None, ge=0, description="a control: draw all weights from this seed, so that the LM knows nothing"
+    )
 
 
-class TaskConfig(Section):
-    """What all tasks have in common."""
+class TaskConfig(Limits):
+    """What tasks have in common whose answers are words."""
 
     multi_token_answers: Literal["error", "drop"] = Field(
         "error", description="an answer that is not one token of the backbone: stop, or drop the record and count it"
     )
     word_list: Path | None = Field(None, description="words answers may be: .txt (one a line) or LAMA's .json lists")
-    limit_train: int | None = Field(None, ge=1, description="use this many training records, sampled by limit_seed")
-    limit_dev: int | None = Field(None, ge=1, description="the same for dev")
-    limit_test: int | None = Field(None, ge=1, description="the same for test, for a quick look")
-    limit_seed: int = Field(0, description="which records a limit samples; not tied to run.seeds")
+    word_lists: dict[str, Path] = Field(
+        {}, description="more readings, name: file; each compares the records whose answer it lists over its words"
+    )
 
 
 class LamaTask(TaskConfig):
@@ -59,6 +63,13 @@ class LamaTask(TaskConfig):
     type: Literal["lama"] = Field(description="LAMA T-REx in the official layout")
     root: Path = Field(description="folder with relations.jsonl and fact-retrieval/original/P*/")
     relations: list[str] | Literal["all"] = Field("all", description="relation ids such as P17, or all that are there")
+    lpaqa_prompts: Path | None = Field(
+        None,
+        description="rows of relation and template, for manual_lpaqa; default: prompts/LPAQA_relations.jsonl in root",
+    )
+    autoprompt_prompts: Path | None = Field(
+        None, description="the same for manual_autoprompt; default: prompts/AutoPrompt_relations.jsonl in root"
+    )
     multi_token_answers: Literal["error", "drop"] = Field(
         "drop", description="an answer that is not one token of the backbone: drop the record and count it, or stop"
     )
@@ -115,11 +126,21 @@ class PromptConfig(Section):
 
 
 class ScoringConfig(Section):
-    train_over: Reading = Field("vocabulary", description="the softmax of the training loss")
+    train_over: Literal["answers", "word_list", "vocabulary"] = Field(
+        "vocabulary", description="the softmax of the training loss"
+    )
     evaluate_over: list[Reading] = Field(
-        ["answers", "vocabulary"], min_length=1, description="the candidate sets that test figures are given for"
+        ["answers", "vocabulary"],
+        min_length=1,
+        description="the candidate sets that test figures are given for: answers, word_list, vocabulary, one of "
+        "task.word_lists, or answers_multi: answers of several tokens too, by likelihood (of frozen LMs)",
     )
     select_on: Reading = Field("vocabulary", description="the reading for early stopping and the headline figure")
+
+    @property
+    def by_token(self) -> list[Reading]:
+        """The readings of test figures that compare single tokens."""
+        return [name for name in self.evaluate_over if name != LONG_ANSWERS]
 
 
 class TrainConfig(Section):
@@ -133,6 +154,9 @@ class TrainConfig(Section):
     optimizer: Literal["adam", "sgd"] = Field("adam", description="of the prompt encoder and a tuned LM, torch's")
     learning_rate: float = Field(1e-5, gt=0, description="of the prompt encoder: the highest rate of the schedule")
     lm_learning_rate: float = Field(5e-6, gt=0, description="the same of a tuned LM")
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of finetune's classification head (SuperGLUE); default: lm_learning_rate"
+    )
     weight_decay: float = Field(5e-4, ge=0, description="L2 term in the gradient, not decoupled")
     schedule: Literal["exponential", "linear", "constant"] = Field("exponential", description="of the learning rate")
     decay_per_epoch: float = Field(0.98, gt=0, le=1, description="exponential: factor per epoch")
@@ -140,6 +164,16 @@ class TrainConfig(Section):
     final_fraction: float = Field(0.0, ge=0, le=1, description="linear: the last step's share of learning_rate")
     max_gradient_norm: float | None = Field(
         None, gt=0, description="clip the gradient at this norm: the encoder's and a tuned LM's, each its own"
+    )
+    loss_position: Literal["answer", "before_answer"] = Field(
+        "answer",
+        description="of a causal LM: before_answer trains the output one token earlier than the one that is evaluated, "
+        "as the released LAMA code does by mistake",
+    )
+    lm_dropout: bool = Field(
+        False,
+        description="the LM's own dropout works on training batches although it is frozen, as in the released code; "
+        "jobs that train together then share masks, and the savings of `speed` that pack batches must be off",
     )
     patience: int = Field(20, ge=0, description="stop after so many dev passes without a gain (a tie is one); 0: never")
 
@@ -265,13 +299,16 @@ class KernelConfig(Section):
 class Config(Section):
     run: RunConfig = RunConfig()
     backbone: BackboneConfig
-    task: Annotated[LamaTask | CustomTask, Field(discriminator="type")]
+    task: Annotated[LamaTask | CustomTask | SuperGlueTask, Field(discriminator="type")]
+    patterns: PatternBook = Field({}, description="SuperGLUE: each task's patterns and verbalizers; docs/superglue.md")
     methods: list[MethodName] = Field(
         ["manual", "ptuning"],
         min_length=1,
-        description="manual: zero-shot with the manual prompt; ptuning: a prompt trained against the frozen LM; "
-        "finetune: the LM tuned on the template without pseudo tokens; manual+finetune, ptuning+finetune: LM tuned "
-        "too; deep_ptuning: keys and values trained for every layer, against the frozen LM",
+        description="manual: zero-shot with the manual prompt; manual_lpaqa, manual_autoprompt: with the prompts that "
+        "these found for LAMA (of several the best on dev); ptuning: a prompt trained against the frozen LM; "
+        "prompt_tuning: the same with plain vectors for the encoder; finetune: the LM tuned on the template without "
+        "pseudo tokens (SuperGLUE: under a classification head); manual+finetune, ptuning+finetune: LM tuned too; "
+        "deep_ptuning: keys and values trained for every layer, against the frozen LM",
     )
     prompt: PromptConfig = PromptConfig()
     scoring: ScoringConfig = ScoringConfig()
@@ -291,10 +328,19 @@ class Config(Section):
         wants_word_list = {*self.scoring.evaluate_over, self.scoring.train_over} & {"word_list"}
         if wants_word_list and self.task.word_list is None:
             problems.append("scoring reads over word_list, but task.word_list names no file")
+        named = list(self.task.word_lists) if isinstance(self.task, TaskConfig) else []
+        problems += [f"task.word_lists.{name} has the name of another reading" for name in named if name in READINGS]
+        problems += [
+            f"scoring.evaluate_over: {name!r} is no reading; expected {', '.join((*READINGS, *named))}"
+            for name in self.scoring.evaluate_over
+            if name not in (*READINGS, *named)
+        ]
         if self.scoring.select_on not in self.scoring.evaluate_over:
             problems.append(
                 f"scoring.select_on is {self.scoring.select_on!r}, which scoring.evaluate_over does not list"
             )
+        elif self.scoring.select_on == LONG_ANSWERS:
+            problems.append(f"scoring.select_on: {LONG_ANSWERS} is reported only; select on a reading of single tokens")
         if isinstance(self.task, CustomTask):
             training = next((name for name in self.methods if METHODS[name].trains), None)
             missing = [f"task.{split}" for split in ("train", "dev") if getattr(self.task, split) is None]
@@ -303,9 +349,23 @@ class Config(Section):
             manual = next((name for name in self.methods if self.reads_manual(name)), None)
             if manual and self.prompt.manual is None:
                 problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
+        if not isinstance(self.task, LamaTask):
+            problems += [
+                f"method {PROMPT_SETS[name]} has prompts for LAMA's relations only; write your own as prompt.manual"
+                for name in self.prompt_sets
+            ]
+        if self.backbone.random_weights is not None and not any(METHODS[name].trains for name in self.methods):
+            problems.append("backbone.random_weights is a control for what is trained; no method here trains anything")
+        if isinstance(self.task, SuperGlueTask):
+            problems += pattern_problems(self.task, self.patterns)
+            if self.jobs.templates:
+                problems.append("jobs.templates is for other tasks; of a superglue task name patterns in task.ptuning")
         problems += self._layout_problems()
         if self.deep and not self.speed.answers_only:
             problems.append("method deep_ptuning reads packed batches, at the answers alone: set speed.answers_only")
+        if self.deep and isinstance(self.task, SuperGlueTask):
+            problems.append("method deep_ptuning is for lama and custom tasks; superglue patterns do not take it yet")
+        problems += self._dropout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
             "methods": list(self.methods),
@@ -315,12 +375,26 @@ class Config(Section):
         }
         if isinstance(self.task, LamaTask) and self.task.relations != "all":
             lists["task.relations"] = list(self.task.relations)
+        if isinstance(self.task, SuperGlueTask) and self.task.tasks != "all":
+            lists["task.tasks"] = list(self.task.tasks)
         problems += [f"{key} repeats an entry: {found}" for key, found in lists.items() if len(set(found)) < len(found)]
         if self.prompt.dropout and self.prompt.encoder != "lstm":
             problems.append(f"prompt.dropout works between LSTM layers; prompt.encoder is {self.prompt.encoder!r}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _dropout_problems(self) -> list[str]:
+        """What computes a block in another form than the family's own, or more than once, has no dropout in it."""
+        if not self.train.lm_dropout:
+            return []
+        speed, parallel = self.speed, self.parallel
+        packing = "packing", "share_leading_tokens", "cut_last_block", "context_cache", "compile_blocks"
+        wrong = [f"speed.{name}: false" for name in packing if getattr(speed, name)]
+        wrong += ["parallel.activation_checkpointing: false"] if parallel.activation_checkpointing else []
+        wrong += ["parallel.tensor_parallel: 1"] if parallel.tensor_parallel > 1 else []
+        wrong += ["a stated parallel.layout"] if parallel.layout == "auto" else []
+        return [f"train.lm_dropout needs {', '.join(wrong)}"] if wrong else []
 
     def _layout_problems(self) -> list[str]:
         if not self.tunes_lm:
@@ -350,7 +424,12 @@ class Config(Section):
         """What makes a method's prompts."""
         if METHODS[method].deep:
             return self.prompt.deep.kind
-        return self.prompt.encoder
+        return METHODS[method].encoder or self.prompt.encoder
+
+    @property
+    def prompt_sets(self) -> list[PromptSet]:
+        """The sets of prompts that methods read."""
+        return [name for name, method in PROMPT_SETS.items() if method in self.methods]
 
     @property
     def learning_rates(self) -> list[float]:
@@ -359,7 +438,11 @@ class Config(Section):
 
     @property
     def templates(self) -> list[str]:
-        """Of P-tuning: the sweep, or the one template."""
+        """Of P-tuning: the sweep, or the one template; of SuperGLUE as many names as the task with most patterns."""
+        if isinstance(self.task, SuperGlueTask):
+            asked = {name: self.task.patterns_of("ptuning", name) for name in self.patterns}
+            counts = {n: len(self.patterns[n].ptuning) if a == "all" else len(a) for n, a in asked.items()}
+            return [f"pattern {number}" for number in range(1, 1 + max([1, *counts.values()]))]
         return self.jobs.templates or [self.prompt.template]
 
     def jobs_at_once(self, tasks: int) -> int:
@@ -369,6 +452,13 @@ class Config(Section):
         count = max((len(frozen) - deep) * len(self.templates), deep)
         count *= tasks * len(self.run.seeds) * len(self.learning_rates)
         return max(1, min(count, self.jobs.at_once or count))
+
+    @property
+    def tasks(self) -> list[TaskName]:
+        """SuperGLUE's tasks that are asked for."""
+        if not isinstance(self.task, SuperGlueTask):
+            return []
+        return list(self.patterns) if self.task.tasks == "all" else self.task.tasks
 
     def identity(self) -> dict[str, Any]:
         """What decides the result: all but the layout, logging and retention, which a resumed run may change."""
@@ -385,7 +475,10 @@ INPUT_PATHS = (
     "backbone.path",
     "backbone.architecture",
     "task.root",
+    "task.lpaqa_prompts",
+    "task.autoprompt_prompts",
     "task.word_list",
+    "task.word_lists",
     "task.train",
     "task.dev",
     "task.test",
@@ -413,11 +506,4 @@ def load_config(
 
 def validate(raw: dict[str, Any], source: str) -> Config:
     """A plain mapping as a :class:`Config`; ``source`` names it in the error."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = [config_files.describe(problem, Config, raw) for problem in error.errors()]
-        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-        raise ConfigError(
-            f"{source}: {count} in the configuration\n" + "\n".join(f"  - {line}" for line in lines)
-        ) from None
+    return config_files.validated(Config, raw, source)

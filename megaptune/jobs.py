@@ -1,6 +1,7 @@
 """What one job trains: a relation, a method, a template, a seed, a learning rate, and how far it is."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 from megaptune.backbone.deep_prompts import DeepPrompts
 from megaptune.batches import EpochPlan, Member
 from megaptune.config import Config
-from megaptune.examples import EncodedTask, Example, PreparedTask
+from megaptune.examples import EncodedTask, Example, PreparedTask, Variant
 from megaptune.methods import METHODS, Method, MethodName
+from megaptune.option_examples import OptionExample
 from megaptune.prompts.bank import Prompt
+from megaptune.superglue_examples import EncodedOptions, PreparedSuperGlue
 
 
 @dataclass
 class Selection:
-    """Early stopping on dev P@1: ties replace, as in the released code, and a tie counts as a gain."""
+    """Early stopping on dev P@1, or a task's own score: ties replace, as in the released code, and count as a gain."""
 
     patience: int
     best: float = -1.0
@@ -34,23 +37,14 @@ class Selection:
         return self.patience > 0 and self.misses >= self.patience
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Where a job stands in a sweep; ``suffix`` names it in the job's folder, and is empty without a sweep."""
-
-    learning_rate: float
-    template: str
-    suffix: str = ""
-
-
 @dataclass(eq=False)
 class Job:
     """A job of a run: what is trained or merely evaluated. ``number``: its own among all jobs of the run."""
 
     number: int
     method_name: MethodName
-    task: PreparedTask
-    encoded: EncodedTask
+    task: PreparedTask | PreparedSuperGlue
+    encoded: EncodedTask | EncodedOptions
     seed: int | None
     variant: Variant
     folder: Path
@@ -60,8 +54,13 @@ class Job:
         return METHODS[self.method_name]
 
     @property
+    def encoder(self) -> str | None:
+        """What makes its table rows, where it is not the configuration's prompt encoder."""
+        return self.encoded.encoder or self.method.encoder
+
+    @property
     def name(self) -> str:
-        return f"{self.task.data.name}/{self.folder.name}"
+        return f"{self.task.name}/{self.folder.name}"
 
     @property
     def has_result(self) -> bool:
@@ -88,12 +87,12 @@ class Training:
         train, examples = config.train, job.encoded.train
         plan = EpochPlan(len(examples), train.global_batch, train.drop_last, job.seed)
         per_epoch = plan.steps_per_epoch
-        rows, virtual_tokens = job.encoded.template.num_pseudo_tokens, 0
+        rows, encoder, virtual_tokens = job.encoded.rows, job.encoder, 0
         if job.method.deep:
             assert deep is not None, "preparation refuses other backbones"
-            virtual_tokens = config.prompt.deep.length
+            encoder, virtual_tokens = config.prompt.deep.kind, config.prompt.deep.length
             rows = virtual_tokens * deep.rows
-        prompt = Prompt(job.name, rows, job.seed, job.variant.learning_rate, per_epoch)
+        prompt = Prompt(job.name, rows, job.seed, job.variant.learning_rate, per_epoch, encoder)
         steps = train.epochs * per_epoch
         return cls(job, plan, prompt, Selection(train.patience), steps, digest(examples), virtual_tokens)
 
@@ -118,7 +117,7 @@ class Training:
     def finished(self) -> bool:
         return self.step >= self.total_steps or self.selection.exhausted
 
-    def members(self, examples: list[Example], first_row: int | None = None) -> list[Member]:
+    def members(self, examples: Sequence[Example | OptionExample], first_row: int | None = None) -> list[Member]:
         """Examples as this job's; ``first_row`` in a table that is not the bank's."""
         row = self.prompt.first_row if first_row is None else first_row
         return [Member(example, row, self.job.number, self.virtual_tokens) for example in examples]
@@ -132,7 +131,7 @@ class Training:
         return {"step": self.step, "selection": asdict(self.selection), "data": self.digest}
 
 
-def digest(examples: list[Example]) -> str:
+def digest(examples: Sequence[Example | OptionExample]) -> str:
     """What identifies training data as the backbone sees it."""
-    text = ";".join(f"{example.slots}{example.answer_position}{example.answer}" for example in examples)
+    text = ";".join(example.key for example in examples)
     return hashlib.sha256(text.encode()).hexdigest()

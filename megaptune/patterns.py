@@ -25,6 +25,7 @@ from megaptune.errors import ConfigError
 TaskName = Literal["BoolQ", "CB", "COPA", "MultiRC", "RTE", "WiC", "WSC", "ReCoRD"]
 Kind = Literal["causal", "masked"]
 Use = Literal["manual", "ptuning"]
+USES: tuple[Use, ...] = ("manual", "ptuning")
 
 LABELS: dict[TaskName, tuple[str, ...]] = {
     "BoolQ": ("false", "true"),
@@ -76,7 +77,7 @@ class TaskPatterns(Strict):
         problems = []
         for name, words in self.verbalizers.items():
             problems += [f"verbalizer {name}: {problem}" for problem in _repeated(words)]
-        for use in ("manual", "ptuning"):
+        for use in USES:
             for name, pattern in getattr(self, use).items():
                 if pattern.verbalizer is not None and pattern.verbalizer not in self.verbalizers:
                     known = ", ".join(self.verbalizers) or "none"
@@ -130,7 +131,7 @@ def check_labels(task: TaskName, patterns: TaskPatterns) -> list[str]:
         where = f"{task}: verbalizer {name}"
         problems += [f"{where} has no word for the label {label!r}" for label in missing]
         problems += [f"{where} names {label!r}, which is no label of it ({_list(LABELS[task])})" for label in unknown]
-    for use in ("manual", "ptuning"):
+    for use in USES:
         for name, pattern in getattr(patterns, use).items():
             if pattern.verbalizer is None and task not in CHOICE_TASKS:
                 problems.append(f"{task}: {use}.{name} needs a verbalizer: the examples have no choices of their own")

@@ -1,17 +1,25 @@
 """Everything that can go wrong before weights are read: configuration, data, templates, tokenizer, backbone folder."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megaptune.backbone.architectures import FAMILIES
 from megaptune.backbone.description import BackboneDescription, describe_backbone, load_tokenizer
 from megaptune.backbone.embedded import embedded_folder, is_embedded
-from megaptune.config import Config, LamaTask
+from megaptune.config import Config, LamaTask, SuperGlueTask
 from megaptune.errors import BackboneError
 from megaptune.examples import PreparedTask, prepare_task
 from megaptune.prompts.tokens import TokenForms
 from megaptune.run.monitor import Monitor
+from megaptune.superglue_examples import (
+    PreparedSuperGlue,
+    SuperGlueData,
+    absent_tasks,
+    load_superglue,
+    prepare_superglue,
+)
 from megaptune.tasks.custom import load_custom
 from megaptune.tasks.lama import load_lama, read_word_list
 from megaptune.tasks.records import TaskData
@@ -24,7 +32,7 @@ class PreparedRun:
     config: Config
     backbone: BackboneDescription
     tokenizer: Any
-    tasks: list[PreparedTask]
+    tasks: Sequence[PreparedTask | PreparedSuperGlue]
 
     @property
     def pad_id(self) -> int:
@@ -37,8 +45,11 @@ def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
     """:raises MegaptuneError: with the file, record or key at fault."""
     path = config.backbone.path
     tasks = load_tasks(config)
+    absent = absent_tasks(config)
+    if absent:
+        monitor.warn(f"task.tasks: all leaves out {', '.join(absent)}: no such folder in task.root")
     folder = embedded_folder(monitor.say) if is_embedded(path) else Path(path)
-    backbone = describe_backbone(folder, config.backbone.kind)
+    backbone = describe_backbone(folder, config.backbone.kind, config.backbone.random_weights)
     if config.deep and backbone.family not in FAMILIES:
         raise BackboneError(
             f"{folder}: deep_ptuning puts keys and values into the attention of {', '.join(FAMILIES)}; the backbone is "
@@ -49,16 +60,23 @@ def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
 
 
 def encode_tasks(
-    config: Config, tasks: list[TaskData], tokenizer: Any, backbone: BackboneDescription
-) -> list[PreparedTask]:
+    config: Config, tasks: Sequence[TaskData | SuperGlueData], tokenizer: Any, backbone: BackboneDescription
+) -> list[PreparedTask | PreparedSuperGlue]:
     """The tasks as the backbone sees them."""
     forms = TokenForms(tokenizer)
-    return [prepare_task(data, config, forms, backbone.kind, backbone.max_tokens) for data in tasks]
+    settings = config, forms, backbone.kind, backbone.max_tokens
+    return [
+        prepare_task(data, *settings) if isinstance(data, TaskData) else prepare_superglue(data, *settings)
+        for data in tasks
+    ]
 
 
-def load_tasks(config: Config) -> list[TaskData]:
-    """Every relation (or the one custom task) that the configuration asks for."""
-    words = read_word_list(config.task.word_list) if config.task.word_list else None
-    if isinstance(config.task, LamaTask):
-        return load_lama(config.task, words)
-    return [load_custom(config.task, words)]
+def load_tasks(config: Config) -> Sequence[TaskData | SuperGlueData]:
+    """Every relation or SuperGLUE task (or the one custom task) that the configuration asks for."""
+    if isinstance(config.task, SuperGlueTask):
+        return load_superglue(config)
+    task = config.task
+    words = read_word_list(task.word_list) if task.word_list else None
+    lists = {name: read_word_list(path, f"task.word_lists.{name}") for name, path in task.word_lists.items()}
+    found = load_lama(task, words, config.prompt_sets) if isinstance(task, LamaTask) else [load_custom(task, words)]
+    return [replace(data, word_lists=lists) for data in found]

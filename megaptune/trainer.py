@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +24,10 @@ from megaptune.backbone.host import BackboneHost
 from megaptune.batches import Member, collate, micro_batches, rounds
 from megaptune.config import Config, Reading
 from megaptune.errors import DivergedError
-from megaptune.evaluation import Outcome, evaluate
+from megaptune.evaluation import Outcome, Outcomes, evaluate
+from megaptune.examples import PreparedTask
 from megaptune.jobs import Job, Training
+from megaptune.option_scoring import OptionOutcome, OptionScorer, collate_options, evaluate_options
 from megaptune.prompts.bank import PromptBank
 from megaptune.run import roll_call
 from megaptune.run.exact_sum import sum_exactly
@@ -33,13 +36,15 @@ from megaptune.run.stopping import StopRequest
 from megaptune.run.topology import Topology
 from megaptune.schedule import rate_factor
 from megaptune.scoring import Scorer
+from megaptune.superglue_examples import EncodedOptions, PreparedSuperGlue
 from megaptune.training_report import TrainingReport
 from megaptune.training_state import TrainingState
 
 
 @dataclass
 class Stage:
-    """What jobs train and are evaluated on."""
+    """What jobs train and are evaluated on. options: scores examples that are answered by options; then no reading is
+    looked at."""
 
     config: Config
     host: BackboneHost
@@ -48,10 +53,41 @@ class Stage:
     pad_id: int
     monitor: Monitor
     stop: StopRequest
+    options: OptionScorer | None = None
 
-    def evaluate(self, members: Sequence[Member], table: Tensor, readings: list[Reading]) -> dict[Reading, Outcome]:
+    def evaluate(self, members: Sequence[Member], table: Tensor, readings: list[Reading]) -> Outcomes:
+        """By reading; of examples with options, one outcome called so."""
+        batch = self.config.evaluation.batch
+        if self.options is not None:
+            found = evaluate_options(self.host, members, table, self.options, batch, self.pad_id)
+            return {"options": found}
         scorers = {reading: self.scorers[reading] for reading in readings}
-        return evaluate(self.host, members, table, scorers, self.config.evaluation.batch, self.pad_id)
+        by_reading = evaluate(self.host, members, table, scorers, batch, self.pad_id)
+        return {reading: outcome for reading, outcome in by_reading.items()}  # noqa: C416  of a wider type
+
+    @property
+    def selects_on(self) -> Literal["options"] | Reading:
+        return self.config.scoring.select_on if self.options is None else "options"
+
+    def losses(self, members: Sequence[Member], table: Tensor, stand_in: Member) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, ranks and weights [B] of the members, or of the stand-in, which counts nothing."""
+        if self.options is not None:
+            options = collate_options(members, self.host, self.pad_id, stand_in)
+            return *self.options.losses(options, table), options.weights
+        batch = collate(members, self.host, self.pad_id, stand_in)
+        return *self.scorers[self.config.scoring.train_over].losses(batch, table), batch.weights
+
+
+HEADLINES = {"p_at_1": "P@1", "score": "score"}
+
+
+def dev_figures(job: Job, outcome: Outcome | OptionOutcome) -> dict[str, float]:
+    """What dev says of a job: the figures of its reading, or the task's own metrics."""
+    if isinstance(outcome, Outcome):
+        return asdict(outcome.figures)
+    assert isinstance(job.task, PreparedSuperGlue)
+    assert isinstance(job.encoded, EncodedOptions)
+    return {**job.task.figures(job.encoded, "dev", outcome.best), "loss": outcome.mean_loss}
 
 
 @dataclass(frozen=True)
@@ -85,14 +121,13 @@ class Trainer:
         self.contexts_folder = folder.with_name("contexts")
         self.step = 0
         self.at_once = min(len(jobs), self.config.jobs.at_once or len(jobs))
-        rows = [training.prompt.rows for training in self.waiting]
-        capacity = {count: min(self.at_once, rows.count(count)) for count in set(rows)}
+        shapes = [training.prompt.shape for training in self.waiting]
+        capacity = {shape: min(self.at_once, shapes.count(shape)) for shape in dict.fromkeys(shapes)}
         ranks, wanted = stage.topology.world_size, self.config.jobs.shard_encoders
         sharded = ranks > 1 and not self.host.trained and (wanted is True or (wanted == "auto" and self.at_once > 1))
         config, device = self.config, self.host.device
         width = self.host.width if self.deep is None else self.deep.width
-        encoder = config.encoder(jobs[0].method_name)
-        self.bank = PromptBank(width, config.prompt, config.train, capacity, device, stage.topology, sharded, encoder)
+        self.bank = PromptBank(width, config.prompt, config.train, capacity, device, stage.topology, sharded)
         self.state = TrainingState(stage.topology, self.host, self.bank, folder, config, stage.monitor)
         self.report = TrainingReport(config, stage.monitor, self.host.device)
 
@@ -129,9 +164,10 @@ class Trainer:
         if self.deep is not None:
             return
         pairs = [
-            (example.slots, training.job.number)
+            (example.inputs[0], training.job.number)
             for training in (*self.active, *self.waiting)
             for example in (*training.job.encoded.train, *training.job.encoded.dev)
+            if len(example.inputs) == 1  # several share their leading tokens instead
         ]
         self.host.keep_contexts([slots for slots, _ in pairs], [job for _, job in pairs], self.contexts_folder)
         if self.host.contexts is not None and self.host.contexts.problem:
@@ -146,7 +182,8 @@ class Trainer:
     def move_up(self) -> None:
         while self.waiting and len(self.active) < self.at_once:
             training = self.waiting.pop(0)
-            starts_at = training.job.task.deep_words if self.deep is not None else None
+            task = training.job.task
+            starts_at = task.deep_words if self.deep is not None and isinstance(task, PreparedTask) else None
             self.bank.add(training.prompt, None if starts_at is None else self.host.deep_prompt_of(starts_at))
             self.active.append(training)
 
@@ -176,15 +213,15 @@ class Trainer:
             counts[place[member.job]] += 1
         gradients: list[Tensor] = []
         sums = torch.zeros(len(place), 4, dtype=torch.float64, device=self.host.device)
-        lengths = [len(member.example.slots) for member in members]
+        lengths = [member.example.length for member in members]
         by_length = self.host.speed.length_buckets
         pieces = micro_batches(lengths, range(len(members)), train.micro_batch, by_length, train.micro_tokens)
         for piece in rounds(pieces, grid.replica, grid.replicas):
             mine = [members[index] for index in piece]
-            batch = collate(mine, self.host, self.stage.pad_id, members[0])
-            losses, ranks = self.stage.scorers[self.config.scoring.train_over].losses(batch, leaf)
+            with self.host.dropout(self.dropout_seed(piece)):
+                losses, ranks, weights = self.stage.losses(mine, leaf, members[0])
             where = torch.tensor([place[member.job] for member in mine or members[:1]], device=self.host.device)
-            share = batch.weights / torch.tensor(counts, device=self.host.device).clamp(min=1)[where]
+            share = weights / torch.tensor(counts, device=self.host.device).clamp(min=1)[where]
             leaf.grad = None
             self.host.weights.backward((losses * share).sum())
             gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)  # None: a table of no rows
@@ -196,6 +233,13 @@ class Trainer:
                                      float(bool(self.stage.stop)))  # fmt: skip
         loss, hits, examples, tokens = figures[:-1].view(-1, 4).T.tolist()
         return total, StepSums(loss, hits, examples, tokens, float(figures[-1]))
+
+    def dropout_seed(self, piece: list[int]) -> int | None:
+        """Of a micro-batch, which is cut alike on every layout."""
+        if not self.config.train.lm_dropout:
+            return None
+        seed = self.active[0].job.seed or 0
+        return hash((seed, self.step, min(piece, default=0))) % 2**63
 
     def pieces_of_rows(self, pieces: list[list[int]], members: list[Member]) -> list[int]:
         """In how many micro-batches each row of the table occurs."""
@@ -287,28 +331,29 @@ class Trainer:
         due = [t for t in ended if t.epoch % every == 0 or t.step >= t.total_steps]
         if not due:
             return
-        reading = self.config.scoring.select_on
+        reading = self.stage.selects_on
         vectors = self.finite(self.bank.vectors)  # what is not would reach its neighbours in a batch
         due = [training for training in due if training in self.active]
         if not due:
             return
         members = [member for training in due for member in training.members(training.job.encoded.dev)]
-        outcome = self.stage.evaluate(members, vectors, [reading])[reading]
+        outcome = self.stage.evaluate(members, vectors, [self.config.scoring.select_on])[reading]
         first = 0
         for training in due:
             stop = first + len(training.job.encoded.dev)
-            figures = outcome.of(slice(first, stop)).figures
+            figures = dev_figures(training.job, outcome.of(slice(first, stop)))
             first = stop
-            gained = training.selection.improves(training.epoch, figures.p_at_1)
+            headline = training.job.task.headline
+            gained = training.selection.improves(training.epoch, figures[headline])
             if gained:
                 self.bank.keep_best(training.prompt)
                 self.host.weights.keep_best()
-            values = {"epoch": training.epoch, "reading": reading, **asdict(figures)}
+            values = {"epoch": training.epoch, "reading": reading, **figures}
             self.stage.monitor.record("dev", training.name, training.step, values)
             mark = " *" if gained else ""
             self.stage.monitor.say(
                 f"{training.name}  epoch {training.epoch}/{self.config.train.epochs}  "
-                f"dev P@1 {100 * figures.p_at_1:.1f}  loss {figures.loss:.3f}{mark}"
+                f"dev {HEADLINES[headline]} {100 * figures[headline]:.1f}  loss {figures['loss']:.3f}{mark}"
             )
 
     def retire(self, finished: list[Training]) -> None:

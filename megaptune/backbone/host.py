@@ -7,6 +7,8 @@ that is checked on a probe input, so a family with another read-out is refused i
 B examples, T tokens, R table rows, D backbone width, V vocabulary.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ from megaptune.backbone.description import BackboneDescription
 from megaptune.backbone.engine import start_engine, zero_init
 from megaptune.backbone.fingerprint import Fingerprint, probe_ids, rows_checksum
 from megaptune.backbone.frozen_linear import keep_no_inputs
-from megaptune.backbone.inputs import Inputs, Packed, Padded, pack, pad
+from megaptune.backbone.inputs import Inputs, Packed, Padded, Positions, pack, pad
 from megaptune.backbone.loading import DTYPES, load_divided
 from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
 from megaptune.backbone.packed_attention import BlockForward, Reading, cut_last_block, no_mask, read_packed
@@ -72,7 +74,8 @@ class PromptedBackbone(nn.Module):
         everywhere: bool = False,
         record: bool = False,
     ) -> Tensor:
-        """inputs, table [R, D] fp32 -> features [B, D]; of a padded batch ``everywhere`` [B, T, D], if wanted.
+        """inputs, table [R, D] fp32 -> features [B, D], or one for every position that is read; of a padded batch
+        ``everywhere`` [B, T, D], if wanted.
 
         :param table: of a batch with deep prompts their rows instead [R, k * E].
         :param kept: keys and values of a packed batch's contexts [L, 2, S, heads, P, head width].
@@ -88,16 +91,23 @@ class PromptedBackbone(nn.Module):
             recorded: list[Tensor] | None = [] if record else None
             features = self.read_packed(embeds, inputs, kept, recorded, deep)
             return features if recorded is None else torch.stack(recorded)
-        return self.read(embeds, inputs.attention_mask, None if everywhere else inputs.answer_positions)
+        return self.read(embeds, inputs.attention_mask, None if everywhere else inputs.answer_positions, inputs.rows)
 
-    def read(self, embeds: Tensor, attention_mask: Tensor | None, answer_positions: Tensor | None) -> Tensor:
-        """embeds [B, T, D] -> features [B, D]; without answer positions, of all [B, T, D]."""
+    def read(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        answer_positions: Tensor | None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """embeds [B, T, D] -> features [B, D]; without answer positions, of all [B, T, D]; ``rows`` as in Padded."""
         if self.reading is not None:
             self.reading.begin(None)
         output = self.body(inputs_embeds=embeds, attention_mask=attention_mask, **self.body_options)
         hidden = output.last_hidden_state  # [B, T, D]
         if answer_positions is not None:
-            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), answer_positions]
+            rows = torch.arange(hidden.shape[0], device=hidden.device) if rows is None else rows
+            hidden = hidden[rows, answer_positions]
         return hidden if self.readout is None else self.readout(hidden)
 
     def read_packed(
@@ -180,7 +190,11 @@ class BackboneHost:
         if self.family in FAMILIES:
             init = zero_init(config, grid, DTYPES[dtype], self.trained) if self.zero_stage == 3 else None
             model, self.load_report = load_divided(
-                self.folder, self.kind, dtype, grid, device, init, trainable=self.trained
+                self.folder, self.kind, dtype, grid, device, init, self.trained, description.random_seed
+            )
+        elif description.random_seed is not None:
+            raise BackboneError(
+                f"backbone.random_weights is not available for {self.family!r}, only for {', '.join(FAMILIES)}"
             )
         else:
             model, self.load_report, probe = load_whole(self.folder, self.kind, dtype, device)
@@ -207,7 +221,8 @@ class BackboneHost:
         )
         if probe is not None:
             self._check_probe(*probe)
-        rows = agree(rows_checksum(self.folder) if grid.replica == grid.shard == 0 else None)
+        first = grid.replica == grid.shard == 0
+        rows = agree(rows_checksum(self.folder, description.random_seed) if first else None)
         self.fingerprint = Fingerprint(rows, probe_scores(self), dtype)
         self.contexts: ContextCache | None = None
 
@@ -219,6 +234,21 @@ class BackboneHost:
 
     def start_engine(self, config: dict[str, Any]) -> Any:
         return start_engine(self.module, config, self.grid)
+
+    @contextlib.contextmanager
+    def dropout(self, seed: int | None) -> Iterator[None]:
+        """The model's own dropout at work within, with masks from ``seed``; None: none, as everywhere else."""
+        if seed is None:
+            yield
+            return
+        assert not self.packs, "the configuration's rules"
+        self.module.train()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            try:
+                yield
+            finally:
+                self.module.eval()
 
     @property
     def packs(self) -> bool:
@@ -233,15 +263,17 @@ class BackboneHost:
     def lay_out(
         self,
         slots: list[list[int]],
-        answers: list[int],
+        answers: Positions,
         groups: list[int],
         pad_id: int,
+        keeps: bool = True,
         first_rows: list[int] | None = None,
         virtual_tokens: int = 0,
     ) -> Inputs:
         """Examples as this host reads them: packed where a saving asks for it and the family is known.
 
-        :param answers: each example's answer position. :param groups: as in :func:`pack`.
+        :param answers: each example's answer positions. :param groups: as in :func:`pack`.
+        :param keeps: whether kept contexts are used, instead of leads that the batch shares.
         :param virtual_tokens: of the examples' deep prompts, if these have such, whose first rows in the table are
             ``first_rows``. They are always packed, and share no leading tokens.
         """
@@ -267,14 +299,15 @@ class BackboneHost:
             groups,
             masked=masked,
             device=self.device,
-            contexts=None if self.contexts is None else self.contexts.lengths(slots),
+            contexts=self.contexts.lengths(slots) if self.contexts is not None and keeps else None,
             share_leads=speed.share_leading_tokens and not masked,
             pad_id=None if speed.packing else pad_id,
         )
 
     def features(self, inputs: Inputs, table: Tensor, everywhere: bool = False) -> Tensor:
-        """Features [B, D] that score the answers, or of a padded batch those of all positions [B, T, D];
-        differentiable in ``table`` [R, D] (fp32) only; with deep prompts that is [R, k * E]."""
+        """Features [B, D] that score the answers (one for every position that is read, in the order of the examples),
+        or of a padded batch those of all positions [B, T, D]; differentiable in ``table`` [R, D] (fp32) only; with deep
+        prompts that is [R, k * E]."""
         kept = None
         if isinstance(inputs, Packed) and inputs.contexts is not None and self.contexts is not None:
             kept = self.contexts.gather(inputs.contexts)

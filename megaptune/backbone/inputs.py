@@ -7,7 +7,10 @@ values never change; they are kept). Only for causal models, where what comes fi
 A third kind of prefix is for both: a *deep prompt*, virtual tokens whose keys and values are trained; every sequence of
 the batch has one, and no other prefix.
 
-B examples, T tokens of the longest, N packed tokens, S sequences, Q tokens of the longest, P of the longest prefix.
+An example is read at one position or at several; features come out in the order of the examples and their positions.
+
+B examples, T tokens of the longest, N packed tokens, S sequences, Q tokens of the longest, P of the longest prefix, R
+positions that are read (B, where each example has one).
 """
 
 import itertools
@@ -21,16 +24,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Padded:
-    """slots [B, T] int64; attention_mask [B, T] or None; answer_positions [B]."""
+    """slots [B, T] int64; attention_mask [B, T] or None; answer_positions [R]; rows [R]: the example of each, or None
+    where every example has one."""
 
     slots: Tensor
     attention_mask: Tensor | None
     answer_positions: Tensor
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Packed:
-    """slots, positions [1, N] int64; answers [B]: packed places of the answer positions.
+    """slots, positions [1, N] int64; answers [R]: packed places of the answer positions.
 
     places [S * Q]: the packed token of every place of the sequences laid side by side (padding reads any token);
     order [N]: the reverse; visible [S, Q, P + Q] bool: what a query sees of prefix and own tokens; leads [S] int64: the
@@ -65,18 +70,29 @@ class Packed:
 
 Inputs = Padded | Packed
 
+Positions = Sequence[int] | Sequence[Sequence[int]]
+"""Of every example the position that is read, or several of them, ascending."""
 
-def pad(slots: Sequence[list[int]], answers: Sequence[int], pad_id: int, masked: bool, device: torch.device) -> Padded:
+
+def pad(slots: Sequence[list[int]], answers: Positions, pad_id: int, masked: bool, device: torch.device) -> Padded:
     """Pad on the right. A causal model needs no mask for that: no answer position sees what follows it."""
     length = max(len(tokens) for tokens in slots)
+    reads = _in_lists(answers)
+    several = any(len(positions) != 1 for positions in reads)
+    owners = torch.tensor([b for b, positions in enumerate(reads) for _ in positions], device=device)
     rows = torch.tensor([tokens + [pad_id] * (length - len(tokens)) for tokens in slots])
     mask = torch.tensor([[1] * len(tokens) + [0] * (length - len(tokens)) for tokens in slots]) if masked else None
-    return Padded(rows.to(device), None if mask is None else mask.to(device), torch.tensor(answers, device=device))
+    places = torch.tensor(list(itertools.chain(*reads)), device=device)
+    return Padded(rows.to(device), None if mask is None else mask.to(device), places, owners if several else None)
+
+
+def _in_lists(answers: Positions) -> list[list[int]]:
+    return [[position] if isinstance(position, int) else list(position) for position in answers]
 
 
 def pack(
     slots: Sequence[list[int]],
-    answers: Sequence[int],
+    answers: Positions,
     groups: Sequence[int],
     *,
     masked: bool,
@@ -94,10 +110,11 @@ def pack(
     :param pad_id: fill every example up to the longest with this id: packed in form only.
     :param prompts: each example's deep prompt of ``virtual_tokens``; the only prefix in the batch.
     """
+    reads = _in_lists(answers)
     kept = list(contexts) if contexts is not None else [0] * len(slots)
     share_leads = share_leads and not any(kept) and prompts is None  # one kind of prefix in a batch
     assert prompts is None or not any(kept)
-    leads, lead_of = _shared_leads(slots, answers, groups) if share_leads else ([], [-1] * len(slots))
+    leads, lead_of = _shared_leads(slots, reads, groups) if share_leads else ([], [-1] * len(slots))
     begins = [len(leads[lead]) if lead >= 0 else kept[b] for b, lead in enumerate(lead_of)]
     own = [*leads, *(tokens[begin:] for tokens, begin in zip(slots, begins, strict=True))]
     starts = [0] * len(leads) + [virtual_tokens + begin for begin in begins]
@@ -116,7 +133,7 @@ def pack(
     return Packed(
         slots=tensor([[slot for tokens in own for slot in tokens]]),
         positions=tensor([[starts[s] + min(t, lengths[s] - 1) for s, count in enumerate(held) for t in range(count)]]),
-        answers=tensor([offsets[first + b] + answers[b] - begins[b] for b in range(len(slots))]),
+        answers=tensor([offsets[first + b] + place - begins[b] for b, found in enumerate(reads) for place in found]),
         places=tensor([offsets[s] + min(t, count - 1) for s, count in enumerate(held) for t in range(queries)]),
         order=tensor([s * queries + t for s, count in enumerate(held) for t in range(count)]),
         visible=_visible(lengths, starts, queries, masked).to(device),
@@ -127,11 +144,11 @@ def pack(
 
 
 def _shared_leads(
-    slots: Sequence[list[int]], answers: Sequence[int], groups: Sequence[int]
+    slots: Sequence[list[int]], reads: Sequence[list[int]], groups: Sequence[int]
 ) -> tuple[list[list[int]], list[int]]:
     """What all examples of a group begin with, where there are several; and which of these is each example's, or -1.
 
-    An example's answer position stays its own.
+    An example's answer positions stay its own.
     """
     members: dict[int, list[int]] = {}
     for b, group in enumerate(groups):
@@ -139,7 +156,7 @@ def _shared_leads(
     leads: list[list[int]] = []
     lead_of = [-1] * len(slots)
     for alike in members.values():
-        limit = min(answers[b] for b in alike)
+        limit = min(position for b in alike for position in reads[b])
         columns = zip(*(slots[b][:limit] for b in alike), strict=True)
         lead = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
         if lead and len(alike) > 1:

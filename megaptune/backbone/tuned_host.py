@@ -1,6 +1,6 @@
 """Hosting a language model whose weights are trained: the same two ends as a frozen one's, with gradients in them.
 
-B examples, T tokens, R table rows, D backbone width, V vocabulary, C candidates, c of them on this rank.
+B examples, T tokens, R table rows, D backbone width, V vocabulary, C candidates, c of them on this rank, M terms.
 """
 
 from typing import Any, Literal
@@ -42,19 +42,33 @@ class TunedBackbone(PromptedBackbone):
         record: bool = False,
         labels: Tensor | None = None,
         rows: OutputRows | None = None,
+        reads: Tensor | None = None,
+        heads: Tensor | None = None,
     ) -> Any:
         """Features [B, D] as a frozen one gives them; with labels [B], places among candidates, losses and ranks [B].
+
+        ``reads`` [M] says which feature each of M labels is asked of; without it every feature has one. With ``heads``
+        [M], rows of the table, it is instead the products of features and rows [M] fp32: a linear layer's scores.
 
         The gradient of the table is that of the loss, while the weights' is averaged over replicas by DeepSpeed and so
         made from ``replicas`` times the loss.
         """
-        if labels is None or rows is None:
+        if heads is None and (labels is None or rows is None):
             return super().forward(inputs, table, None, everywhere)
         table = _ScaleGradient.apply(table, self.spread)
-        return self.answers(super().forward(inputs, table), labels, rows)
+        features = super().forward(inputs, table)
+        features = features if reads is None else features[reads]
+        if heads is not None:
+            return head_scores(features, table, heads)
+        return self.answers(features, labels, rows)
 
     def embed(self, slots: Tensor, table: Tensor) -> Tensor:
         return self.embedding(slots, table)
+
+
+def head_scores(features: Tensor, table: Tensor, heads: Tensor) -> Tensor:
+    """features [M, D], table [R, D] fp32, heads [M] rows of it -> their products [M] fp32."""
+    return (features.float() * table[heads]).sum(dim=1)
 
 
 class SplicedEmbedding(nn.Module):
@@ -193,9 +207,18 @@ class TunedHost(BackboneHost):
         )
         return start_engine(self.module, config, self.grid, optimizer)
 
-    def losses(self, inputs: Inputs, table: Tensor, labels: Tensor, rows: OutputRows) -> tuple[Tensor, Tensor]:
-        """Losses [B] fp32 and ranks [B], for ``weights.backward``; labels [B] are places among the candidates."""
-        return self.engine(inputs, table, labels=labels, rows=rows)
+    def losses(
+        self, inputs: Inputs, table: Tensor, labels: Tensor, rows: OutputRows, reads: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [B] fp32 and ranks [B], for ``weights.backward``; labels [B] are places among the candidates.
+
+        :param reads: [M] which feature each of M labels is asked of; then losses and ranks are [M].
+        """
+        return self.engine(inputs, table, labels=labels, rows=rows, reads=reads)
+
+    def head_scores(self, inputs: Inputs, table: Tensor, reads: Tensor, heads: Tensor) -> Tensor:
+        """Products [M] of the features ``reads`` and the table's rows ``heads``, for ``weights.backward``."""
+        return self.engine(inputs, table, reads=reads, heads=heads)
 
 
 def _refuse_shared_heads(description: BackboneDescription, grid: ProcessGrid) -> None:

@@ -13,17 +13,21 @@ from megaptune.batches import EpochPlan, micro_batches, rounds
 from megaptune.config import Config
 from megaptune.config_files import unset_variable
 from megaptune.errors import BackboneError, ConfigError
-from megaptune.methods import METHODS
+from megaptune.examples import PreparedTask
+from megaptune.methods import METHODS, Method
 from megaptune.planning.choice import candidate
 from megaptune.planning.layout import Layout, Machines, gibibytes
 from megaptune.planning.memory import weight_bytes
 from megaptune.planning.settle import settle
-from megaptune.planning.source import Source, find_backbone
+from megaptune.planning.source import Source, assumed_tokens, find_backbone
 from megaptune.planning.workload import Shapes, Workload, estimated_tokens
 from megaptune.preparation import PreparedRun, encode_tasks, load_tasks, prepare_run
 from megaptune.prompts.template import Template
 from megaptune.run.grid import check_grid
 from megaptune.run.monitor import Monitor
+from megaptune.superglue_config import SuperGlueTask
+from megaptune.superglue_examples import PreparedSuperGlue, SuperGlueData
+from megaptune.tasks.records import TaskData
 
 SHOWN_STEPS = 2
 
@@ -93,21 +97,35 @@ def _tasks(config: Config, source: Source, shapes: Shapes, monitor: Monitor) -> 
         tokenizer, description = load_tokenizer(source.folder), source.description(shapes)
         run = PreparedRun(config, description, tokenizer, encode_tasks(config, data, tokenizer, description))
         return _encoded(run), Workload.prepared(run)
+    if isinstance(config.task, SuperGlueTask):
+        longest = min(source.max_tokens, assumed_tokens(config))
+        glue = [Lengths(d.name, [longest] * _count(d)) for d in data]
+        return glue, Workload.assumed(config, source.kind, longest, "the longest allowed: no tokenizer here")
     template = Template(config.prompt.template, source.kind)
-    tasks = [Lengths(d.name, [estimated_tokens(template, record) for record in d.splits["train"]]) for d in data]
-    longest = max(estimated_tokens(template, record) for d in data for found in d.splits.values() for record in found)
+    facts = [d for d in data if isinstance(d, TaskData)]
+    tasks = [Lengths(d.name, [estimated_tokens(template, record) for record in d.splits["train"]]) for d in facts]
+    longest = max(estimated_tokens(template, record) for d in facts for found in d.splits.values() for record in found)
     if longest > source.max_tokens:
         raise BackboneError(f"an input of about {longest} tokens exceeds the context of {source.max_tokens}")
-    words = max(len(d.word_list or []) for d in data)
+    words = max(len(words) for d in facts for words in (d.word_list or [], *d.word_lists.values()))
     return tasks, Workload.assumed(config, source.kind, longest, "estimated: no tokenizer here", words)
 
 
 def _encoded(run: PreparedRun) -> list[Lengths]:
     training = [METHODS[name] for name in run.config.methods if METHODS[name].trains]
-    return [
-        Lengths(task.data.name, [len(e.slots) for e in task.encoded(training[0]).train] if training else [])
-        for task in run.tasks
-    ]
+    return [Lengths(task.name, _lengths(task, training[0], run.config) if training else []) for task in run.tasks]
+
+
+def _lengths(task: PreparedTask | PreparedSuperGlue, method: Method, config: Config) -> list[int]:
+    variant = task.variants(method, config)[0]
+    return [example.length for example in task.encoded(method, variant.template).train]
+
+
+def _count(data: TaskData | SuperGlueData) -> int:
+    """Training records."""
+    if isinstance(data, TaskData):
+        return len(data.splits["train"])
+    return len(data.splits["train"].records) if "train" in data.splits else 0
 
 
 def shard_table(shapes: Shapes, layout: Layout) -> Table:

@@ -27,13 +27,18 @@ class Source:
     weights: bool
 
     def shapes(self, config: Config) -> Shapes:
-        return Shapes(self.folder, self.kind, config.backbone.dtype)
+        return Shapes(self.folder, self.kind, config.backbone.dtype, config.backbone.random_weights is not None)
 
     def description(self, shapes: Shapes) -> BackboneDescription:
         """As :func:`megaptune.backbone.description.describe_backbone`, without files of weights."""
         largest = max(parameter.numel() for parameter in shapes.model.parameters())
         unused = getattr(shapes.config, "unused_token_ids", None) or []
         return BackboneDescription(self.folder, shapes.family, self.kind, self.max_tokens, 0, largest, unused)
+
+
+def assumed_tokens(config: Config) -> int:
+    """The longest input where no data was read: what the patterns of SuperGLUE's tasks allow, else LAMA's."""
+    return max((config.patterns[name].max_tokens for name in config.tasks), default=ASSUMED_TOKENS)
 
 
 def find_backbone(config: Config) -> Source:

@@ -20,6 +20,7 @@ from megaptune.planning.activations import Activations, trace
 from megaptune.preparation import PreparedRun
 from megaptune.prompts.encoder import build_encoder
 from megaptune.prompts.template import Template, Text
+from megaptune.superglue_config import SuperGlueTask
 from megaptune.tasks.records import Record
 
 LAMA_RELATIONS = 41  # of T-REx
@@ -69,28 +70,29 @@ class Workload:
     def assumed(cls, config: Config, kind: Kind, tokens: int, basis: str, words: int = 0) -> "Workload":
         """Without the data: inputs of ``tokens`` tokens, ``words`` single-token words in the word list."""
         counts: dict[Reading, int | None] = {"answers": 500, "word_list": words, "vocabulary": None}
-        rows = max(Template(text, kind).num_pseudo_tokens for text in config.templates)
+        counts |= dict.fromkeys(getattr(config.task, "word_lists", ()), words)
+        if isinstance(config.task, SuperGlueTask):
+            patterns = [pattern for name in config.tasks for pattern in config.patterns[name].ptuning.values()]
+            texts = [pattern.text for pattern in patterns if kind in pattern.families]
+        else:
+            texts = config.templates
+        rows = max((Template(text, kind).num_pseudo_tokens for text in texts), default=0)
         relations = getattr(config.task, "relations", [""])
-        tasks = LAMA_RELATIONS if relations == "all" else len(relations)
+        tasks = len(config.tasks) or (LAMA_RELATIONS if relations == "all" else len(relations))
         return cls._of(config, rows, tokens, tokens, counts, basis, tasks)
 
     @classmethod
     def prepared(cls, run: PreparedRun) -> "Workload":
         """From a run's own data, its longest inputs and largest candidate sets."""
-        tasks = [
-            task
-            for prepared in run.tasks
-            for task in (*prepared.swept.values(), prepared.manual, prepared.bare, prepared.deep)
-            if task is not None
-        ]
-        train = [len(example.slots) for task in tasks for example in task.train]
-        other = [len(example.slots) for task in tasks for example in (*task.dev, *task.test)]
+        tasks = [encoded for prepared in run.tasks for encoded in prepared.prompts]
+        train = [example.length for task in tasks for example in task.train]
+        other = [example.length for task in tasks for example in (*task.dev, *task.test)]
         counts: dict[Reading, int | None] = {"vocabulary": None}
         for prepared in run.tasks:
             for reading, ids in prepared.candidates.items():
                 if ids is not None:
                     counts[reading] = max(counts.get(reading) or 0, len(ids))
-        rows = max(task.template.num_pseudo_tokens for task in tasks)
+        rows = max(task.rows for task in tasks)
         found = cls._of(
             run.config, rows, max(train or other), max(other), counts, "the data's longest inputs", len(run.tasks)
         )
@@ -100,7 +102,7 @@ class Workload:
         contexts: set[tuple[int, ...]] = set()
         for number, prepared in enumerate(run.tasks):
             for task in prepared.swept.values():
-                slots = [example.slots for example in (*task.train, *task.dev)]
+                slots = [e.inputs[0] for e in (*task.train, *task.dev) if len(e.inputs) == 1]
                 contexts.update(worth_keeping(slots, [number] * len(slots)))
         lengths = [len(context) for context in contexts]
         return replace(
@@ -132,7 +134,7 @@ class Workload:
             evaluation_batch=config.evaluation.batch,
             evaluation_tokens=evaluated,
             prompt_rows=rows,
-            encoder=config.prompt.encoder if any(m.trains_prompt and not m.deep for m in methods) else "none",
+            encoder=largest_encoder(config),
             deep=config.prompt.deep if config.deep else None,
             optimizer=train.optimizer,
             train_over=config.scoring.train_over,
@@ -154,12 +156,13 @@ class Tensor:
 
 
 class Shapes:
-    """A backbone's shapes, from its config.json alone."""
+    """A backbone's shapes, from its config.json alone. ``drawn``: its weights are not those of its files."""
 
-    def __init__(self, folder: Path, kind: Kind, dtype: str) -> None:
+    def __init__(self, folder: Path, kind: Kind, dtype: str, drawn: bool = False) -> None:
         self.folder, self.kind, self.dtype = folder, kind, dtype
         stored = str(getattr(read_config(folder), "dtype", None) or "float32").removeprefix("torch.")
-        self.mapped = stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]  # files hold what memory holds
+        # Whether files hold what memory holds.
+        self.mapped = not drawn and stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
         self.model, self.config = build_on_meta(folder, kind, dtype)
         self.family: str = self.config.model_type
         embedding = self.model.get_input_embeddings().weight
@@ -256,6 +259,16 @@ def estimated_tokens(template: Template, record: Record) -> int:
     parts = template.parts
     text = sum(len(part.fill(record)) for part in parts if isinstance(part, Text))
     return template.num_pseudo_tokens + -(-text // 3) + (3 if template.kind == "masked" else 1)
+
+
+def largest_encoder(config: Config) -> str:
+    """The kind with most parameters of those that methods train, or ``none``."""
+    kinds = {
+        METHODS[n].encoder or config.prompt.encoder
+        for n in config.methods
+        if METHODS[n].trains_prompt and not METHODS[n].deep
+    }
+    return next((kind for kind in ("lstm", "mlp", "table") if kind in kinds), "none")
 
 
 class PromptSize(NamedTuple):

@@ -6,22 +6,27 @@ computes their rows, and all have the table. The gradient of the table is the sa
 R table rows of all prompts, D their width: the backbone's, or of deep prompts that of a layer's keys.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megaptune.config import EncoderName, PromptConfig, TrainConfig
+from megaptune.config import PromptConfig, TrainConfig
 from megaptune.prompts.encoder_stack import MOMENTS, EncoderStack, encode, stacked_name
 from megaptune.run.topology import Topology, all_reduce_sum
 from megaptune.schedule import rate_factor
+
+Shape = int | tuple[str, int]
+"""Rows, of the configuration's encoder or of one that is named."""
 
 
 @dataclass(eq=False)
 class Prompt:
     """One prompt in training: ``rows`` of the table from ``first_row`` on, after ``step`` steps.
 
-    owner: the rank that holds it, None where all do. best: the best epoch's weights on the CPU, where it is held.
+    encoder: its kind, where it is not the configuration's. owner: the rank that holds it, None where all do. best: the
+    best epoch's weights on the CPU, where it is held.
     """
 
     name: str
@@ -29,11 +34,17 @@ class Prompt:
     seed: int
     learning_rate: float
     steps_per_epoch: int
+    encoder: str | None = None
     step: int = 0
     first_row: int = 0
     place: int = 0
     owner: int | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Shape:
+        """What prompts of one stack have in common."""
+        return self.rows if self.encoder is None else (self.encoder, self.rows)
 
     @property
     def span(self) -> slice:
@@ -45,27 +56,23 @@ class Prompt:
 
 
 class PromptBank:
-    """:param width: of the table's rows. :param capacity: how many prompts of each number of rows may train at once.
-    :param encoder: instead of the one that ``prompt`` names.
-    """
+    """:param width: of the table's rows. :param capacity: how many prompts of each shape may train at once."""
 
     def __init__(
         self,
         width: int,
         prompt: PromptConfig,
         train: TrainConfig,
-        capacity: dict[int, int],
+        capacity: Mapping[Shape, int],
         device: torch.device,
         topology: Topology,
         sharded: bool,
-        encoder: EncoderName | None = None,
     ) -> None:
-        self.encoder = encoder or prompt.encoder
         self.width, self.config, self.train, self.device = width, prompt, train, device
         self.topology, self.sharded = topology, sharded
         self.capacity = capacity
-        self.stacks: dict[int, EncoderStack] = {}
-        self.members: dict[int, list[Prompt]] = {}
+        self.stacks: dict[Shape, EncoderStack] = {}
+        self.members: dict[Shape, list[Prompt]] = {}
         self.prompts: list[Prompt] = []
 
     def add(self, prompt: Prompt, start: Tensor | None = None) -> None:
@@ -78,17 +85,17 @@ class PromptBank:
             prompt.owner = load.index(min(load))
         self.prompts.append(prompt)
         if self.holds(prompt):
-            stack = self._stack(prompt.rows)
+            stack = self._stack(prompt)
             prompt.place = stack.add(prompt.seed, start)
-            self.members[prompt.rows].append(prompt)
+            self.members[prompt.shape].append(prompt)
             self.keep_best(prompt)
         self._number()
 
     def remove(self, prompt: Prompt) -> None:
         self.prompts.remove(prompt)
         if self.holds(prompt):
-            members = self.members[prompt.rows]
-            self.stacks[prompt.rows].remove(prompt.place)
+            members = self.members[prompt.shape]
+            self.stacks[prompt.shape].remove(prompt.place)
             members[prompt.place] = members[-1]
             members[prompt.place].place = prompt.place
             members.pop()
@@ -98,16 +105,17 @@ class PromptBank:
         """Whether this rank has the prompt's encoder; a prompt of no rows has none."""
         return prompt.rows > 0 and prompt.owner in (None, self.topology.rank)
 
-    def _stack(self, rows: int) -> EncoderStack:
-        if rows not in self.stacks:
-            capacity = self.capacity[rows]
-            if self.sharded:
+    def _stack(self, prompt: Prompt) -> EncoderStack:
+        shape = prompt.shape
+        if shape not in self.stacks:
+            capacity = self.capacity[shape]
+            if self.sharded and len(self.capacity) == 1:  # ranks have as many rows, so of one shape as many prompts
                 capacity = min(capacity, -(-sum(self.capacity.values()) // self.topology.world_size) + 1)
-            self.stacks[rows] = EncoderStack(
-                self.encoder, rows, self.width, self.config, self.train, capacity, self.device
+            self.stacks[shape] = EncoderStack(
+                prompt.rows, self.width, self.config, self.train, capacity, self.device, prompt.encoder
             )
-            self.members[rows] = []
-        return self.stacks[rows]
+            self.members[shape] = []
+        return self.stacks[shape]
 
     def _number(self) -> None:
         first = 0
@@ -127,10 +135,10 @@ class PromptBank:
 
     def _table(self, training: bool) -> Tensor:
         table = torch.zeros(sum(prompt.rows for prompt in self.prompts), self.width, device=self.device)
-        for rows, members in self.members.items():
+        for shape, members in self.members.items():
             if members:
                 draws = [prompt.seed * 1_000_003 + prompt.step for prompt in members] if training else None
-                for prompt, found in zip(members, self.stacks[rows].table(draws), strict=True):
+                for prompt, found in zip(members, self.stacks[shape].table(draws), strict=True):
                     table[prompt.span] = found
         return all_reduce_sum(table) if self.sharded and table.numel() else table  # the others' rows are zeros
 
@@ -138,11 +146,11 @@ class PromptBank:
         """One optimizer step of every prompt from d loss / d table [R, D]; its gradient's norm before clipping."""
         norms = torch.zeros(len(self.prompts), dtype=torch.float64, device=self.device)
         place = {prompt.name: index for index, prompt in enumerate(self.prompts)}
-        for rows, members in self.members.items():
+        for shape, members in self.members.items():
             if members:
                 mine = torch.stack([gradient[prompt.span] for prompt in members])
                 rates, steps = [p.rate(self.train) for p in members], [p.step for p in members]
-                for prompt, norm in zip(members, self.stacks[rows].step(mine, rates, steps), strict=True):
+                for prompt, norm in zip(members, self.stacks[shape].step(mine, rates, steps), strict=True):
                     norms[place[prompt.name]] = norm
         for prompt in self.prompts:
             prompt.step += 1
@@ -155,7 +163,7 @@ class PromptBank:
     def keep_best(self, prompt: Prompt) -> None:
         """Remember the prompt's weights as they are."""
         if self.holds(prompt):
-            for name, weight in self.stacks[prompt.rows].views("weight", prompt.place).items():
+            for name, weight in self.stacks[prompt.shape].views("weight", prompt.place).items():
                 if name in prompt.best:
                     prompt.best[name].copy_(weight)
                 else:
@@ -173,12 +181,12 @@ class PromptBank:
                 for name, found in halves.items()
             }
             with torch.no_grad():
-                rows = encode(self.encoder, weights)[0]
+                rows = encode(prompt.encoder or self.config.encoder, weights)[0]
         return all_reduce_sum(rows) if self.sharded and prompt.rows else rows
 
     def num_parameters(self, prompt: Prompt) -> int:
         """Of its encoder; the same on every rank."""
-        return self._stack(prompt.rows).num_parameters if prompt.rows else 0
+        return self._stack(prompt).num_parameters if prompt.rows else 0
 
     # -- saving --------------------------------------------------------------------------------------------------
 
@@ -186,7 +194,7 @@ class PromptBank:
         """Weights, optimizer moments and the best weights, by name, for a checkpoint; {} where it is not held."""
         if not self.holds(prompt):
             return {}
-        stack = self.stacks[prompt.rows]
+        stack = self.stacks[prompt.shape]
         found = {f"encoder.{name}": weight for name, weight in stack.views("weight", prompt.place).items()}
         for moment in MOMENTS:
             if moment in stack.stacks:
@@ -199,7 +207,7 @@ class PromptBank:
         prompt.step = step
         if not self.holds(prompt):
             return
-        stack = self.stacks[prompt.rows]
+        stack = self.stacks[prompt.shape]
         stack.put("weight", prompt.place, {name: tensors[f"encoder.{name}"] for name in stack.shapes})
         for moment in MOMENTS:
             if moment in stack.stacks:

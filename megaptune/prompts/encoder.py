@@ -57,6 +57,19 @@ class TableEncoder(nn.Module):
         return self.embedding.weight * 1.0
 
 
+class HeadEncoder(nn.Module):
+    """A linear layer's weights, one row a class, that start near nothing, as the heads of BERT's kind do."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows, width)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self) -> Tensor:
+        """The table [R, D], fp32."""
+        return self.embedding.weight * 1.0
+
+
 class DeepMlpEncoder(nn.Module):
     """Prefix tuning's (Li and Liang 2021, section 4.3): an embedding of P virtual tokens and an MLP with tanh, which
     makes the R / P rows of each, its keys and values of all layers."""
@@ -87,4 +100,4 @@ def build_encoder(
             if name == "deep_table":
                 return TableEncoder(rows, width, deep.init_std)
             return DeepMlpEncoder(deep.length, rows, width, deep.hidden_size)
-        return {"mlp": MlpEncoder, "table": TableEncoder}[name](rows, width)
+        return {"mlp": MlpEncoder, "table": TableEncoder, "head": HeadEncoder}[name](rows, width)

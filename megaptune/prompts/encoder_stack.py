@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megaptune.config import EncoderName, PromptConfig, TrainConfig
+from megaptune.config import PromptConfig, TrainConfig
 from megaptune.prompts.encoder import build_encoder
 from megaptune.prompts.grouped import bilstm, linear
 
@@ -37,7 +37,7 @@ def encode(
     """
     into = outs or {}
     states = weights["embedding.weight"]
-    if kind in ("table", "deep_table"):
+    if kind in ("table", "head", "deep_table"):
         return states * 1.0
     if kind == "lstm":
         for layer in (0, 1):
@@ -59,19 +59,19 @@ class EncoderStack:
 
     def __init__(
         self,
-        kind: EncoderName,
         rows: int,
         width: int,
         prompt: PromptConfig,
         train: TrainConfig,
         capacity: int,
         device: torch.device,
+        kind: str | None = None,
     ) -> None:
-        self.kind, self.rows, self.width, self.deep = kind, rows, width, prompt.deep
+        self.kind, self.rows, self.width, self.deep = kind or prompt.encoder, rows, width, prompt.deep
         self.train, self.device, self.count = train, device, 0
         self.dropout = prompt.dropout
         with torch.device("meta"):
-            parameters = dict(build_encoder(kind, rows, width, 0.0, 0, self.deep).named_parameters())
+            parameters = dict(build_encoder(self.kind, rows, width, 0.0, 0, self.deep).named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         stacked: dict[str, tuple[int, ...]] = {}
         for name, shape in self.shapes.items():

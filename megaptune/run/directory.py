@@ -10,6 +10,7 @@ results.json|.md   the table
 checkpoints/       of the prompts that train together, until they have their results
 contexts/          keys and values that a resumed run need not compute again; gone when training ends
 jobs/TASK/METHOD/  result.json, predictions.jsonl, prompt/ (the trained prompt); checkpoints/ while a LM is tuned
+submission/METHOD/ predictions of SuperGLUE's unlabelled test files, where they are asked for
 """
 
 import datetime
@@ -38,7 +39,7 @@ class RunDirectory:
 
     def job(self, task: str, method: str, seed: int | None = None, suffix: str = "") -> Path:
         """Where one job of the run keeps its files; ``suffix`` says where it stands in a sweep."""
-        folder = self.path / "jobs" / task / (method if seed is None else f"{method}-seed{seed}{suffix}")
+        folder = self.path / "jobs" / task / (method + ("" if seed is None else f"-seed{seed}") + suffix)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -30,6 +30,7 @@ from megaptune.config import Config, LamaTask
 from megaptune.errors import BackboneError, DataError, MegaptuneError, SetupError
 from megaptune.run.files import write_whole
 from megaptune.run.topology import Topology, agree, gather
+from megaptune.superglue_config import SuperGlueTask
 
 GIB = 2**30
 _TOKEN_WAIT_S = 5.0
@@ -144,6 +145,9 @@ def _backbone(config: Config) -> tuple[dict[str, int], str]:
 def _data_files(config: Config) -> list[Path]:
     task = config.task
     files = [task.word_list] if task.word_list else []
+    if isinstance(task, SuperGlueTask):
+        names = [f"{name}/*.jsonl" for name in config.tasks]
+        return [file for root in task.roots for name in names for file in sorted(root.glob(name))]
     if isinstance(task, LamaTask):
         return [*files, task.root / "relations.jsonl", *sorted(task.root.glob("fact-retrieval/original/*/*.jsonl"))]
     return [*files, *(path for path in (task.train, task.dev, task.test) if path is not None)]

@@ -79,6 +79,16 @@ def test_lama_drops_answers_of_several_tokens_and_a_custom_task_refuses_them():
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
+def test_readings_are_those_that_have_a_name():
+    lists = {"type": "custom", "word_lists": {"29k": "a.txt"}}
+    assert validate(with_keys(task=lists, scoring={"evaluate_over": ["29k", "vocabulary"]}), "c").task.word_lists
+    told = problems(with_keys(task=lists, scoring={"evaluate_over": ["34k", "vocabulary"]}))
+    assert "'34k' is no reading; expected answers, word_list, vocabulary, answers_multi, 29k" in told
+    told = problems(with_keys(scoring={"evaluate_over": ["answers_multi"], "select_on": "answers_multi"}))
+    assert "answers_multi is reported only" in told
+    assert "task.word_lists.answers has the name" in problems(with_keys(task={"word_lists": {"answers": "a.txt"}}))
+
+
 @pytest.mark.parametrize(
     ("section", "key", "meant"),
     [
@@ -144,8 +154,8 @@ def test_missing_keys_are_named():
 
 
 def test_unknown_task_type_is_told_the_known_ones():
-    message = problems(with_keys(task={"type": "superglue"}))
-    assert "`task.type`: 'superglue' is not one of" in message
+    message = problems(with_keys(task={"type": "squad"}))
+    assert "`task.type`: 'squad' is not one of" in message
     assert "'lama'" in message
     assert "'custom'" in message
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megaptune"
 LAYERS = """
 __init__
 errors
-config_files            patterns  methods  config  schedule
+config_files            patterns  methods  config_base  superglue_config  config  schedule
 run                     run.files  run.roll_call  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
 backbone.description
@@ -24,7 +24,7 @@ backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
 backbone.embedded       backbone.zero_config
 run.preflight
 kernels                 backbone.frozen_linear  backbone.fingerprint  backbone.tensor_parallel
-backbone.loading        backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
+backbone.random_weights  backbone.loading  backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
 backbone.deep_prompts   backbone.inputs         backbone.packed_attention  backbone.compiled
 backbone.context_files  backbone.context_cache
 backbone.engine         backbone.host
@@ -35,14 +35,22 @@ tasks.superglue         tasks.superglue.records  tasks.superglue.spans  tasks.su
 tasks.superglue.readers  tasks.superglue.loading  tasks.superglue.metrics  tasks.superglue.submission
 prompts                 prompts.tokens  prompts.shortening  prompts.template  prompts.verbalizer
 prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack  prompts.bank
-pattern_examples
-examples                batches  scoring  evaluation  jobs  training_report  training_state
-trainer                 preparation
+pattern_examples        option_examples  classifier_examples
+examples                superglue_examples  batches  scoring  option_scoring  evaluation
+long_answers
+jobs                    training_report  training_state
+trainer                 option_models  preparation
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
-results                 results.prompt_folder  results.lm_folder  results.table
+results                 results.facts_job  results.prompt_folder  results.lm_folder  results.table
+results.superglue_job   results.superglue_table  results.tables
 experiment              session
+report                  report.labels  report.runs  report.scores  report.paper  report.blocks  report.provenance
+report.plots            report.facts  report.superglue  report.variance  report.learning  report.long_form
+report.document         report.command
+pretraining             pretraining.config  pretraining.corpus  pretraining.vocabulary  pretraining.models
+pretraining.training    pretraining.command
 cli                     train  __main__
 """
 ORDER = LAYERS.split()

@@ -46,6 +46,11 @@ class SuperGlueRecord:
         return self.answers if self.label is None else (self.label,)
 
     @property
+    def told(self) -> str:
+        """What is right, for the console."""
+        return " or ".join(self.gold) or "(no label)"
+
+    @property
     def right(self) -> tuple[int, ...]:
         """Which of ``choices`` are right; none where that is not known, as for a WSC span that is not meant."""
         if self.task == "ReCoRD":
