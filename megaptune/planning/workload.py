@@ -124,7 +124,7 @@ class Workload:
         basis: str,
         tasks: int,
     ) -> "Workload":
-        train, methods = config.train, [METHODS[name] for name in config.methods]
+        train = config.train
         jobs = config.jobs_at_once(tasks)
         wanted = {*config.scoring.evaluate_over, config.scoring.train_over}
         return cls(
