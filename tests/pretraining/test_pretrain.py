@@ -200,7 +200,7 @@ def albert(folder: Path) -> Path:
 def test_a_prompt_is_tuned_on_the_folder(kind: str, trained: dict[str, Path], tmp_path: Path):
     """The parity tests do it with random folders of GPT-2, BERT and RoBERTa."""
     place = trained[kind] if kind in trained else albert(tmp_path / "albert")
-    config = write_config(tmp_path, kind, backbone={"path": str(place)}, train={"epochs": 4, "learning_rate": 5e-2})
+    config = write_config(tmp_path, kind, backbone={"path": str(place)}, train={"epochs": 4, "learning_rate": 3e-3})
     run_ranks(1, train, config)
     dev = [line["loss"] for line in metrics(tmp_path / "run") if line["kind"] == "dev"]
     assert dev[-1] < dev[0]
