@@ -103,7 +103,9 @@ class SuperGlueTask(Limits):
 
     type: Literal["superglue"] = Field(description="SuperGLUE and FewGLUE in the official folders")
     root: Path | list[Path] = Field(description="folder with a folder for each task; of several the first that has it")
-    tasks: list[TaskName] | Literal["all"] = Field("all", description="such as [RTE, COPA]; all: those of `patterns` that root has")
+    tasks: list[TaskName] | Literal["all"] = Field(
+        "all", description="such as [RTE, COPA]; all: those of `patterns` that root has"
+    )
     splits: TaskSplits = Field(TaskSplits(), description="where dev and test come from")
     splits_of: dict[TaskName, TaskSplits] = Field({}, description="the same, where a task differs")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of train that dev: held_out takes; by limit_seed")
@@ -133,6 +135,42 @@ class SuperGlueTask(Limits):
         """The names asked for; none: the first that fits."""
         found: dict[TaskName, PatternNames] = getattr(self, use)
         return found.get(task, [])
+
+
+class PetConfig(Section):
+    """PET and iPET (Schick and Schütze 2021): models of several patterns label examples that a classifier learns."""
+
+    patterns: dict[TaskName, PatternNames] = Field(
+        {}, description="manual patterns of the ensemble, by task; default: all that fit the backbone"
+    )
+    models: int = Field(1, ge=1, description="models tuned with each pattern, every one with a seed of its own")
+    file: Literal["unlabeled", "train", "test"] = Field(
+        "unlabeled", description="the file of examples to label; its labels are not read, the other splits' left out"
+    )
+    root: Path | list[Path] | None = Field(None, description="where that file is, by task; default: task.root")
+    limit: int | None = Field(None, ge=1, description="use this many of them, sampled by task.limit_seed")
+    weights: Literal["accuracy", "uniform"] = Field(
+        "accuracy", description="a model's weight: what its pattern scores on train before tuning, or the same for all"
+    )
+    temperature: float = Field(2.0, gt=0, description="of the labels, and of the classifier while it learns them")
+    epochs: int | None = Field(None, ge=1, description="of the classifier, at most; default: train.epochs")
+    lm_learning_rate: float | None = Field(
+        None, gt=0, description="under the classifier; default: train.lm_learning_rate"
+    )
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of the classifier's head; default: train.head_learning_rate"
+    )
+    generations: int = Field(3, ge=2, description="ipet: ensembles that are tuned one after the other")
+    growth: float = Field(5.0, gt=1, description="ipet: the training set grows by this factor each generation")
+    share: float = Field(0.25, gt=0, le=1, description="ipet: share of the other models that label for one, drawn")
+
+    @property
+    def roots(self) -> list[Path] | None:
+        return [self.root] if isinstance(self.root, Path) else self.root
+
+
+PET_TASKS: tuple[TaskName, ...] = ("BoolQ", "CB", "COPA", "MultiRC", "RTE", "WiC")
+"""Those whose examples all have the same options; WSC's and ReCoRD's have phrases of their own text."""
 
 
 class PromptConfig(Section):
@@ -306,9 +344,11 @@ class Config(Section):
         min_length=1,
         description="manual: zero-shot with the manual prompt; ptuning: a prompt trained against the frozen LM; "
         "prompt_tuning: the same with plain vectors for the encoder; finetune: the LM tuned on the template without "
-        "pseudo tokens (SuperGLUE: under a classification head); manual+finetune, ptuning+finetune: LM tuned too",
+        "pseudo tokens (SuperGLUE: under a classification head); manual+finetune, ptuning+finetune: LM tuned too; "
+        "pet, ipet (SuperGLUE): patterns' models label examples, of which such a head learns",
     )
     prompt: PromptConfig = PromptConfig()
+    pet: PetConfig = PetConfig()
     scoring: ScoringConfig = ScoringConfig()
     train: TrainConfig = TrainConfig()
     jobs: JobsConfig = JobsConfig()
@@ -340,6 +380,7 @@ class Config(Section):
                 problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
         if isinstance(self.task, SuperGlueTask):
             problems += self._pattern_problems(self.task)
+        problems += self._pet_problems()
         problems += self._layout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
@@ -379,6 +420,27 @@ class Config(Section):
                 ]
         if self.jobs.templates:
             problems.append("jobs.templates is for tasks with templates; a superglue task names task.ptuning patterns")
+        return problems
+
+    def _pet_problems(self) -> list[str]:
+        """Tasks without labels to share, and patterns that are not there."""
+        method = next((name for name in self.methods if METHODS[name].ensemble), None)
+        if method is None:
+            return []
+        if not isinstance(self.task, SuperGlueTask):
+            return [f"method {method} is for superglue tasks: it needs several patterns with the same labels"]
+        unfit = [name for name in self.task.tasks if name not in PET_TASKS] if self.task.tasks != "all" else []
+        problems = [
+            f"method {method} cannot label {name}: its examples have phrases of their own for options; leave {name} out"
+            for name in unfit
+        ]
+        for name, asked in self.pet.patterns.items():
+            known = list(self.patterns[name].manual) if name in self.patterns else []
+            wrong = [wanted for wanted in (asked if asked != "all" else []) if wanted not in known]
+            there = ", ".join(known) or "none"
+            problems += [f"pet.patterns.{name} names the pattern {wanted!r} (there: {there})" for wanted in wrong]
+            if len(set(asked)) < len(asked) and asked != "all":
+                problems.append(f"pet.patterns.{name} repeats an entry: {asked}")
         return problems
 
     def _layout_problems(self) -> list[str]:
@@ -442,6 +504,7 @@ INPUT_PATHS = (
     "task.train",
     "task.dev",
     "task.test",
+    "pet.root",
 )
 """The keys whose relative values are resolved against the file that states them."""
 

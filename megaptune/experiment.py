@@ -7,7 +7,7 @@ again, so the same command continues an interrupted run.
 
 import gc
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megaptune.jobs import Job, Training
 from megaptune.kernels import dispatch
 from megaptune.methods import METHODS, MethodName
 from megaptune.option_scoring import OptionOutcome, OptionScorer
+from megaptune.pet import PatternEnsemble
 from megaptune.preparation import PreparedRun
 from megaptune.results.lm_folder import write_tuned_lm
 from megaptune.results.prompt_folder import write_prompt
@@ -105,7 +106,7 @@ class Experiment:
                 self.change_host(tuned)
             if tuned:
                 for job in pending:
-                    self.train([job], self.stage([job]), job.folder / "checkpoints")
+                    self.tune(job)
             else:
                 self.run_frozen(pending, self.stage(jobs))
         return read_table(self.directory.path, self.config)
@@ -181,6 +182,15 @@ class Experiment:
         else:
             roll_call.mark("training")  # no step will come
 
+    def tune(self, job: Job) -> None:
+        """A job that tunes the LM, after the models that it learns from."""
+        stage = self.stage([job])
+        if job.method.ensemble:
+            shared = self.config, self.directory, self.topology, self.monitor, self.stage
+            job, config = PatternEnsemble(job, *shared).distillation()
+            stage = replace(stage, config=config)
+        self.train([job], stage, job.folder / "checkpoints")
+
     def train(self, jobs: list[Job], stage: Stage, checkpoints: Path) -> None:
         """Prompts, the LM or both, as the methods say."""
 
@@ -228,7 +238,7 @@ class Experiment:
         }
         if training.prompt.rows:
             extra |= {"learning_rate": job.variant.learning_rate, "variant": job.variant.suffix.lstrip("-")}
-        self.finish(job, outcomes, extra)
+        self.finish(job, outcomes, extra | job.notes)
 
     def finish(self, job: Job, outcomes: Outcomes, extra: dict[str, Any]) -> None:
         """Write the job's result last of all, so that a job with a result is a finished one."""

@@ -10,6 +10,7 @@ results.json|.md   the table
 checkpoints/       of the prompts that train together, until they have their results
 contexts/          keys and values that a resumed run need not compute again; gone when training ends
 jobs/TASK/METHOD/  result.json, predictions.jsonl, prompt/ (the trained prompt); checkpoints/ while a LM is tuned
+jobs/TASK/pet...   of PET's models and classifier: scores.jsonl, soft_labels.jsonl
 submission/METHOD/ predictions of SuperGLUE's unlabelled test files, where they are asked for
 """
 

@@ -37,7 +37,7 @@ prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack 
 pattern_examples        option_examples  classifier_examples
 examples                superglue_examples  batches  scoring  option_scoring  evaluation
 jobs                    training_report  training_state
-trainer                 preparation
+trainer                 preparation      soft_labels  pet
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
