@@ -5,6 +5,7 @@ K models, N examples, O options, which are the labels.
 
 import random
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -56,8 +57,7 @@ def most_confident(probabilities: Tensor, counts: Sequence[int], total: int) -> 
     best, predicted = probabilities.max(dim=1)
     of_label = [(predicted == label).nonzero().flatten().tolist() for label in range(len(counts))]
     wanted = apportioned(total, counts)
-    shares = [len(there) / count for there, count in zip(of_label, wanted, strict=True) if count]
-    scale = min([1.0, *shares])
+    scale = min(Fraction(1), *(Fraction(len(there), n) for there, n in zip(of_label, wanted, strict=True) if n))
     chosen = []
     for label, (there, count) in enumerate(zip(of_label, wanted, strict=True)):
         there.sort(key=lambda example: (-float(best[example]), example))
