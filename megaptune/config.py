@@ -8,18 +8,16 @@ A relative input path is relative to the file that states it (with ``--set``: to
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from megaptune import config_files
+from megaptune.config_base import Limits, Section
 from megaptune.errors import ConfigError
 from megaptune.methods import METHODS, MethodName
-from megaptune.patterns import USES, PatternBook, TaskName, Use
+from megaptune.patterns import PatternBook, TaskName
+from megaptune.superglue_config import PetConfig, SuperGlueTask, pattern_problems, pet_problems
 
 Reading = Literal["answers", "word_list", "vocabulary"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -37,15 +35,6 @@ class BackboneConfig(Section):
     kind: Literal["auto", "causal", "masked"] = Field("auto", description="auto: from the folder's `architectures`")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the frozen weights; prompts are always fp32")
     verify: bool = Field(True, description="compare weight files with their recorded SHA-256, where one is recorded")
-
-
-class Limits(Section):
-    """What all tasks have in common."""
-
-    limit_train: int | None = Field(None, ge=1, description="use this many training records, sampled by limit_seed")
-    limit_dev: int | None = Field(None, ge=1, description="the same for dev")
-    limit_test: int | None = Field(None, ge=1, description="the same for test, for a quick look")
-    limit_seed: int = Field(0, description="which records a limit samples; not tied to run.seeds")
 
 
 class TaskConfig(Limits):
@@ -78,99 +67,6 @@ class CustomTask(TaskConfig):
     test: Path = Field(description="file of records to report on")
     answer: str = Field(description="the field that holds the answer")
     subject: str | None = Field(None, description="the field searched for copied answers; default: all other fields")
-
-
-class TaskSplits(Section):
-    """Where the records come from that choose the epoch, and those that are reported on."""
-
-    dev: Literal["dev32", "held_out"] = Field(
-        "held_out", description="records that choose the epoch: the file dev32, or a part of train that is held out"
-    )
-    test: Literal["val", "dev32"] = Field("val", description="the labelled file that is reported on, never selected on")
-
-    @model_validator(mode="after")
-    def _differ(self) -> "TaskSplits":
-        if self.dev == self.test:
-            raise ValueError(f"{self.dev} cannot both choose the epoch and be reported on; name another file as one")
-        return self
-
-
-PatternNames = list[str] | Literal["all"]
-
-
-class SuperGlueTask(Limits):
-    """SuperGLUE or FewGLUE in the official folders, under the patterns of the section ``patterns``."""
-
-    type: Literal["superglue"] = Field(description="SuperGLUE and FewGLUE in the official folders")
-    root: Path | list[Path] = Field(description="folder with a folder for each task; of several the first that has it")
-    tasks: list[TaskName] | Literal["all"] = Field(
-        "all", description="such as [RTE, COPA]; all: those of `patterns` that root has"
-    )
-    splits: TaskSplits = Field(TaskSplits(), description="where dev and test come from")
-    splits_of: dict[TaskName, TaskSplits] = Field({}, description="the same, where a task differs")
-    held_out: float = Field(0.1, gt=0, lt=1, description="share of train that dev: held_out takes; by limit_seed")
-    manual: dict[TaskName, PatternNames] = Field(
-        {}, description="manual patterns by task, each a job of its own; default: the first that fits the backbone"
-    )
-    ptuning: dict[TaskName, PatternNames] = Field({}, description="the same for patterns with pseudo tokens")
-    mirror_copa: bool = Field(False, description="train COPA on each example with its choices in both orders")
-    choice_score: Literal["sum", "mean"] = Field(
-        "sum", description="a choice of several tokens scores the sum of their log-probabilities, or the mean"
-    )
-    predict_test: bool = Field(False, description="predict the unlabelled test file, as SuperGLUE's server takes it")
-
-    @property
-    def word_list(self) -> None:
-        """Answers are label words and choices."""
-        return None
-
-    @property
-    def roots(self) -> list[Path]:
-        return self.root if isinstance(self.root, list) else [self.root]
-
-    def splits_for(self, task: TaskName) -> TaskSplits:
-        return self.splits_of.get(task, self.splits)
-
-    def patterns_of(self, use: Use, task: TaskName) -> PatternNames:
-        """The names asked for; none: the first that fits."""
-        found: dict[TaskName, PatternNames] = getattr(self, use)
-        return found.get(task, [])
-
-
-class PetConfig(Section):
-    """PET and iPET (Schick and Schütze 2021): models of several patterns label examples that a classifier learns."""
-
-    patterns: dict[TaskName, PatternNames] = Field(
-        {}, description="manual patterns of the ensemble, by task; default: all that fit the backbone"
-    )
-    models: int = Field(1, ge=1, description="models tuned with each pattern, every one with a seed of its own")
-    file: Literal["unlabeled", "train", "test"] = Field(
-        "unlabeled", description="the file of examples to label; its labels are not read, the other splits' left out"
-    )
-    root: Path | list[Path] | None = Field(None, description="where that file is, by task; default: task.root")
-    limit: int | None = Field(None, ge=1, description="use this many of them, sampled by task.limit_seed")
-    weights: Literal["accuracy", "uniform"] = Field(
-        "accuracy", description="a model's weight: what its pattern scores on train before tuning, or the same for all"
-    )
-    temperature: float = Field(2.0, gt=0, description="of the labels, and of the classifier while it learns them")
-    epochs: int | None = Field(None, ge=1, description="of the classifier, at most; default: train.epochs")
-    lm_learning_rate: float | None = Field(
-        None, gt=0, description="under the classifier; default: train.lm_learning_rate"
-    )
-    head_learning_rate: float | None = Field(
-        None, gt=0, description="of the classifier's head; default: train.head_learning_rate"
-    )
-    generations: int = Field(3, ge=2, description="ipet: ensembles that are tuned one after the other")
-    growth: float = Field(5.0, gt=1, description="ipet: the training set grows by this factor each generation")
-    share: float = Field(0.25, gt=0, le=1, description="ipet: share of the other models that label for one, drawn")
-
-    @property
-    def roots(self) -> list[Path] | None:
-        return [self.root] if isinstance(self.root, Path) else self.root
-
-
-PET_TASKS: tuple[TaskName, ...] = ("BoolQ", "CB", "COPA", "MultiRC", "RTE", "WiC")
-"""Those whose examples all have the same options; WSC's and ReCoRD's have phrases of their own text."""
 
 
 class PromptConfig(Section):
@@ -379,7 +275,9 @@ class Config(Section):
             if manual and self.prompt.manual is None:
                 problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
         if isinstance(self.task, SuperGlueTask):
-            problems += self._pattern_problems(self.task)
+            problems += pattern_problems(self.task, self.patterns)
+            if self.jobs.templates:
+                problems.append("jobs.templates is for other tasks; of a superglue task name patterns in task.ptuning")
         problems += self._pet_problems()
         problems += self._layout_problems()
         lists: dict[str, list[Any]] = {
@@ -400,48 +298,13 @@ class Config(Section):
             raise ValueError("; ".join(problems))
         return self
 
-    def _pattern_problems(self, task: SuperGlueTask) -> list[str]:
-        """Patterns that are asked for and not there."""
-        problems = []
-        if not self.patterns:
-            problems.append("a superglue task needs `patterns`: name configs/patterns/all.yaml in `defaults:`")
-        there = ", ".join(self.patterns)
-        for name in task.tasks if task.tasks != "all" else []:
-            if self.patterns and name not in self.patterns:
-                problems.append(f"task.tasks names {name}, which `patterns` has no section for (there: {there})")
-        for use in USES:
-            for name in self.patterns:
-                known: list[str] = list(getattr(self.patterns[name], use))
-                asked = task.patterns_of(use, name)
-                problems += [
-                    f"task.{use}.{name} names the pattern {wanted!r} (there: {', '.join(known) or 'none'})"
-                    for wanted in (asked if asked != "all" else [])
-                    if wanted not in known
-                ]
-        if self.jobs.templates:
-            problems.append("jobs.templates is for tasks with templates; a superglue task names task.ptuning patterns")
-        return problems
-
     def _pet_problems(self) -> list[str]:
-        """Tasks without labels to share, and patterns that are not there."""
         method = next((name for name in self.methods if METHODS[name].ensemble), None)
         if method is None:
             return []
         if not isinstance(self.task, SuperGlueTask):
             return [f"method {method} is for superglue tasks: it needs several patterns with the same labels"]
-        unfit = [name for name in self.task.tasks if name not in PET_TASKS] if self.task.tasks != "all" else []
-        problems = [
-            f"method {method} cannot label {name}: its examples have phrases of their own for options; leave {name} out"
-            for name in unfit
-        ]
-        for name, asked in self.pet.patterns.items():
-            known = list(self.patterns[name].manual) if name in self.patterns else []
-            wrong = [wanted for wanted in (asked if asked != "all" else []) if wanted not in known]
-            there = ", ".join(known) or "none"
-            problems += [f"pet.patterns.{name} names the pattern {wanted!r} (there: {there})" for wanted in wrong]
-            if len(set(asked)) < len(asked) and asked != "all":
-                problems.append(f"pet.patterns.{name} repeats an entry: {asked}")
-        return problems
+        return pet_problems(method, self.pet, self.task, self.patterns)
 
     def _layout_problems(self) -> list[str]:
         if not self.tunes_lm:

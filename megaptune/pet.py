@@ -10,7 +10,7 @@ file is not done again. PET's models are iPET's first generation.
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaptune.batches import Member
 from megaptune.config import Config
 from megaptune.errors import CheckpointError
 from megaptune.examples import Variant
 from megaptune.jobs import Job, Training, digest
 from megaptune.option_examples import OptionExample
-from megaptune.option_scoring import OptionOutcome
+from megaptune.option_models import ask, with_soft_labels
 from megaptune.run.directory import RunDirectory
 from megaptune.run.files import write_whole
 from megaptune.run.monitor import Monitor
 from megaptune.run.topology import Topology, on_main
 from megaptune.soft_labels import combined, drawn, most_confident, softened
 from megaptune.superglue_examples import EncodedOptions, PreparedSuperGlue
+from megaptune.tasks.records import Record
 from megaptune.tasks.superglue.records import SuperGlueRecord
 from megaptune.trainer import Stage, Trainer
 
@@ -80,17 +80,15 @@ class PatternEnsemble:
             found = self.label(data)
             on_main(self.topology, lambda: _write(file, *found))
         about, rows = found
-        train = [
-            replace(example, soft=tuple(row["probabilities"]), temperature=self.pet.temperature)
-            for example, row in zip(self.classifier.to_label, rows, strict=True)
-        ]
+        probabilities = torch.tensor([row["probabilities"] for row in rows], dtype=torch.float64)
+        records = self.task.data.splits["to_label"].records
         ours = {"epochs": self.pet.epochs, "lm_learning_rate": self.pet.lm_learning_rate}
         changed = {key: value for key, value in ours.items() if value is not None}
         settings = self.config.train.model_copy(update=changed)
         rate = self.pet.head_learning_rate or self.job.variant.learning_rate
         job = replace(
             self.job,
-            encoded=replace(self.classifier, train=train),
+            encoded=with_soft_labels(self.classifier, records, probabilities, self.pet.temperature),
             variant=replace(self.job.variant, learning_rate=rate),
             notes={"ensemble": {key: value for key, value in about.items() if key != "data"}},
         )
@@ -174,13 +172,13 @@ class PatternEnsemble:
         """Tune the LM under one pattern, and let it score the examples to label and the reported ones."""
         stage = self.stage_of([job])
         about |= {"pattern": encoded.name, "seed": job.seed, "trained_on": len(encoded.train)}
-        about["weight"] = self.untuned_accuracy(stage, encoded.train[:labelled])
+        about["weight"] = self.untuned_accuracy(stage, job, encoded.train[:labelled])
         rows: list[Row] = []
 
         def finish(trainings: list[Training], table: Tensor) -> None:
             (training,) = trainings
-            members = training.members([*encoded.to_label, *encoded.test])
-            scores = _scores(stage, members, table).scores
+            records = [example.record for example in (*encoded.to_label, *encoded.test)]
+            scores = ask(stage, job, _of_superglue(records), table, training.prompt.first_row).scores
             count = len(encoded.to_label)
             rows.extend(_rows(encoded.to_label, "to_label", "scores", scores[:count].tolist()))
             rows.extend(_rows(encoded.test, "test", "scores", scores[count:].tolist()))
@@ -192,20 +190,18 @@ class PatternEnsemble:
         self.monitor.say(f"{job.name}  trained on {len(encoded.train)} examples  test {told}")
         return about, rows
 
-    def untuned_accuracy(self, stage: Stage, examples: list[OptionExample]) -> float:
+    def untuned_accuracy(self, stage: Stage, job: Job, examples: list[OptionExample]) -> float:
         """Of the LM that nobody has tuned; 1 where weights are uniform."""
         if self.pet.weights == "uniform":
             return 1.0
         stage.host.weights.begin(self.config.train)
         nothing = torch.zeros(0, stage.host.width, device=stage.host.device)
-        best = _scores(stage, [Member(example) for example in examples], nothing).best
+        best = ask(stage, job, _of_superglue([example.record for example in examples]), nothing).best
         return sum(option in example.right for option, example in zip(best, examples, strict=True)) / len(examples)
 
 
-def _scores(stage: Stage, members: list[Member], table: Tensor) -> OptionOutcome:
-    found = stage.evaluate(members, table, [])["options"]
-    assert isinstance(found, OptionOutcome)
-    return found
+def _of_superglue(records: Sequence[SuperGlueRecord | Record]) -> list[SuperGlueRecord]:
+    return [record for record in records if isinstance(record, SuperGlueRecord)]
 
 
 # -- files: one line that tells of them, then one for every example ---------------------------------------------------

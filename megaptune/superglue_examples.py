@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megaptune.classifier_examples import ClassifierEncoder
-from megaptune.config import PET_TASKS, Config, PetConfig, Reading, SuperGlueTask
+from megaptune.config import Config, Reading
 from megaptune.errors import DataError
 from megaptune.examples import Variant
 from megaptune.methods import METHODS, Method, MethodName
@@ -20,6 +20,7 @@ from megaptune.pattern_examples import LabelExample, PatternEncoder
 from megaptune.patterns import Kind, TaskName, TaskPatterns, Use
 from megaptune.prompts.template import Template
 from megaptune.prompts.tokens import TokenForms
+from megaptune.superglue_config import PET_TASKS, PetConfig, SuperGlueTask
 from megaptune.tasks.superglue.loading import FileName, load_split
 from megaptune.tasks.superglue.metrics import score, task_score
 from megaptune.tasks.superglue.records import SplitData, SuperGlueRecord
@@ -148,9 +149,11 @@ class PreparedSuperGlue:
 
     @property
     def majority(self) -> float | None:
-        """The score of always answering train's commonest label (test's own, without a train); none for ReCoRD."""
+        """The score of always answering the commonest label: of train, of dev where train has one label only, of test
+        itself in a run without them; None for ReCoRD."""
         data = self.data.splits["test"]
-        labels = self.data.splits.get("train", data).labels()
+        seen = [self.data.splits[name].labels() for name in ("train", "dev") if name in self.data.splits]
+        labels = next((found for found in seen if len(found) > 1), data.labels())
         if not labels:
             return None
         ((label, _),) = labels.most_common(1)

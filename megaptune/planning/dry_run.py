@@ -10,7 +10,7 @@ from rich.table import Table
 from megaptune.backbone.description import load_tokenizer
 from megaptune.backbone.weight_files import has_tokenizer
 from megaptune.batches import EpochPlan, micro_batches, rounds
-from megaptune.config import Config, SuperGlueTask
+from megaptune.config import Config
 from megaptune.config_files import unset_variable
 from megaptune.errors import BackboneError, ConfigError
 from megaptune.examples import PreparedTask
@@ -19,12 +19,13 @@ from megaptune.planning.choice import candidate
 from megaptune.planning.layout import Layout, Machines, gibibytes
 from megaptune.planning.memory import weight_bytes
 from megaptune.planning.settle import settle
-from megaptune.planning.source import Source, find_backbone
+from megaptune.planning.source import Source, assumed_tokens, find_backbone
 from megaptune.planning.workload import Shapes, Workload, estimated_tokens
 from megaptune.preparation import PreparedRun, encode_tasks, load_tasks, prepare_run
 from megaptune.prompts.template import Template
 from megaptune.run.grid import check_grid
 from megaptune.run.monitor import Monitor
+from megaptune.superglue_config import SuperGlueTask
 from megaptune.superglue_examples import PreparedSuperGlue, SuperGlueData
 from megaptune.tasks.records import TaskData
 
@@ -97,7 +98,7 @@ def _tasks(config: Config, source: Source, shapes: Shapes, monitor: Monitor) -> 
         run = PreparedRun(config, description, tokenizer, encode_tasks(config, data, tokenizer, description))
         return _encoded(run), Workload.prepared(run)
     if isinstance(config.task, SuperGlueTask):
-        longest = min(source.max_tokens, max(config.patterns[name].max_tokens for name in config.tasks))
+        longest = min(source.max_tokens, assumed_tokens(config))
         glue = [Lengths(d.name, [longest] * _count(d)) for d in data]
         return glue, Workload.assumed(config, source.kind, longest, "the longest allowed: no tokenizer here")
     template = Template(config.prompt.template, source.kind)

@@ -11,8 +11,8 @@ from megaptune.planning.layout import Machines
 from megaptune.planning.report import PlanReport
 from megaptune.planning.source import (
     ASSUMED_DEVICE_BYTES,
-    ASSUMED_TOKENS,
     ASSUMED_WORDS,
+    assumed_tokens,
     find_backbone,
     planned_machines,
 )
@@ -36,7 +36,7 @@ def print_plan(
     shapes = source.shapes(config)
     words = ASSUMED_WORDS if config.task.word_list else 0
     basis = "given" if tokens else "assumed: --tokens says otherwise"
-    longest = min(tokens or ASSUMED_TOKENS, source.max_tokens)
+    longest = min(tokens or assumed_tokens(config), source.max_tokens)
     work = Workload.assumed(config, source.kind, longest, basis, words)
     report = PlanReport(config, source, shapes, work, machines)
     if as_json:

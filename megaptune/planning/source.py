@@ -36,6 +36,11 @@ class Source:
         return BackboneDescription(self.folder, shapes.family, self.kind, self.max_tokens, 0, largest, unused)
 
 
+def assumed_tokens(config: Config) -> int:
+    """The longest input where no data was read: what the patterns of SuperGLUE's tasks allow, else LAMA's."""
+    return max((config.patterns[name].max_tokens for name in config.tasks), default=ASSUMED_TOKENS)
+
+
 def find_backbone(config: Config) -> Source:
     """:raises BackboneError: when there is no config.json in either place."""
     path = config.backbone.path

@@ -13,12 +13,13 @@ from megaptune.backbone.architectures import FAMILIES, shard_plan
 from megaptune.backbone.context_cache import worth_keeping
 from megaptune.backbone.description import Kind, read_config
 from megaptune.backbone.loading import build_on_meta
-from megaptune.config import Config, Reading, SuperGlueTask
+from megaptune.config import Config, Reading
 from megaptune.methods import METHODS
 from megaptune.planning.activations import Activations, trace
 from megaptune.preparation import PreparedRun
 from megaptune.prompts.encoder import build_encoder
 from megaptune.prompts.template import Template, Text
+from megaptune.superglue_config import SuperGlueTask
 from megaptune.superglue_examples import EncodedOptions
 from megaptune.tasks.records import Record
 
@@ -132,7 +133,7 @@ class Workload:
             evaluation_batch=config.evaluation.batch,
             evaluation_tokens=evaluated,
             prompt_rows=rows,
-            encoder=config.prompt.encoder if any(METHODS[name].trains_prompt for name in config.methods) else "none",
+            encoder=largest_encoder(config),
             optimizer=train.optimizer,
             train_over=config.scoring.train_over,
             candidates={reading: count for reading, count in counts.items() if reading in wanted},
@@ -257,6 +258,12 @@ def estimated_tokens(template: Template, record: Record) -> int:
     parts = template.parts
     text = sum(len(part.fill(record)) for part in parts if isinstance(part, Text))
     return template.num_pseudo_tokens + -(-text // 3) + (3 if template.kind == "masked" else 1)
+
+
+def largest_encoder(config: Config) -> str:
+    """The kind with most parameters of those that methods train, or ``none``."""
+    kinds = {METHODS[n].encoder or config.prompt.encoder for n in config.methods if METHODS[n].trains_prompt}
+    return next((kind for kind in ("lstm", "mlp", "table") if kind in kinds), "none")
 
 
 def encoder_elements(name: str, rows: int, width: int) -> int:

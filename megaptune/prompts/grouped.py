@@ -23,6 +23,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.out = out
+        if _is_one_row(x):
+            x, weight, bias = _twice(x), _twice(weight), _twice(bias)
+            return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))[:1]
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     @staticmethod
@@ -30,7 +33,18 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         # The weight's gradient comes out contiguous, as the optimizer reads it.
         to_weight = _product(gradient.transpose(1, 2), x, ctx.out)
-        return torch.bmm(gradient, weight), to_weight, gradient.sum(dim=1), None
+        one = _is_one_row(gradient)
+        to_x = torch.bmm(_twice(gradient), _twice(weight))[:1] if one else torch.bmm(gradient, weight)
+        return to_x, to_weight, gradient.sum(dim=1), None
+
+
+def _is_one_row(x: Tensor) -> bool:
+    """One encoder of one row: torch takes it for a matrix and a vector and sums in another order than for several."""
+    return x.shape[:2] == (1, 1)
+
+
+def _twice(x: Tensor) -> Tensor:
+    return x.expand(2, *x.shape[1:])
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:

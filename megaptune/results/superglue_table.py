@@ -6,6 +6,7 @@ result files, so it can be made again at any time, also of an unfinished run.
 """
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich import box
@@ -41,7 +42,14 @@ class SuperGlueTable:
         return cls([read_json(file) for file in files], config.run.seeds)
 
     def _jobs(self, task: str, method: str) -> list[dict[str, Any]]:
-        return [result for result in self.results if result["task"] == task and result["method"] == method]
+        """Of several learning rates, a pattern's jobs at the one that dev prefers, by the mean over seeds."""
+        found = [result for result in self.results if result["task"] == task and result["method"] == method]
+        kept = []
+        for pattern in dict.fromkeys(job["pattern"] for job in found):
+            jobs = [job for job in found if job["pattern"] == pattern]
+            by_rate = {rate: [j for j in jobs if _rate(j) == rate] for rate in map(_rate, jobs)}
+            kept += max(by_rate.values(), key=lambda alike: mean(job.get("best_dev_score", 0.0) for job in alike))
+        return kept
 
     def _rows(self, task: str) -> list[dict[str, Any]]:
         """One for each metric; where there are several, their mean too."""
@@ -153,6 +161,10 @@ class SuperGlueTable:
         """results.json, results.md and the full figures of every job beside each other."""
         write_json(folder / "results.json", {"table": self.rows, "patterns": self.patterns, "jobs": self.results})
         write_whole(folder / "results.md", self.markdown())
+
+
+def _rate(job: dict[str, Any]) -> float | None:
+    return job.get("learning_rate")
 
 
 def _figure(job: dict[str, Any], name: str) -> float:

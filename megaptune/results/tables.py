@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from megaptune.config import Config, SuperGlueTask
+from megaptune.config import Config
 from megaptune.results.superglue_table import SuperGlueTable
 from megaptune.results.table import ResultsTable
+from megaptune.superglue_config import SuperGlueTask
 
 
 def read_table(run: Path, config: Config) -> ResultsTable | SuperGlueTable:

@@ -26,10 +26,11 @@ import torch
 from megaptune import __version__
 from megaptune.backbone.embedded import is_embedded
 from megaptune.backbone.weight_files import weight_files
-from megaptune.config import Config, LamaTask, SuperGlueTask
+from megaptune.config import Config, LamaTask
 from megaptune.errors import BackboneError, DataError, MegaptuneError, SetupError
 from megaptune.run.files import write_whole
 from megaptune.run.topology import Topology, agree, gather
+from megaptune.superglue_config import SuperGlueTask
 
 GIB = 2**30
 _TOKEN_WAIT_S = 5.0

@@ -53,7 +53,7 @@ def test_both_leave_their_stages_and_stand_in_the_table(finished):
     assert "| PET | iPET |" in (run / "results.md").read_text()
     for method in ("pet", "ipet"):
         found = result(run, f"RTE/{method}-seed0")
-        about, *rows = lines(run, f"{method}-seed0", "soft_labels.jsonl")
+        _, *rows = lines(run, f"{method}-seed0", "soft_labels.jsonl")
         assert found["trained_on"] == found["ensemble"]["labelled"] == len(rows) == 16
         assert found["counts"] == {"train": 12, "dev": 6, "test": 8, "to_label": 16}
         assert all(sum(row["probabilities"]) == pytest.approx(1) for row in rows)
@@ -132,7 +132,7 @@ def test_tasks_whose_options_are_phrases_are_refused_by_name(tmp_path):
 
 
 def test_a_pattern_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="pet.patterns.RTE names the pattern 'nonesuch'"):
+    with pytest.raises(ConfigError, match=r"pet\.patterns\.RTE names the pattern 'nonesuch'"):
         validate(_settings(tmp_path, ["RTE"], {"patterns": {"RTE": ["nonesuch"]}}), "config.yaml")
 
 

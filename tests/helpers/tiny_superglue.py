@@ -28,9 +28,7 @@ NAMES = ["Anna", "Tom", "Mia", "Lars", "Oslo", "Rome"]
 DEEDS = ["won the race", "lost the old hat", "held the rope", "sold a boat"]
 
 
-def write_superglue(
-    root: Path, train: int = 12, dev: int = 6, val: int = 8, test: int = 3, unlabeled: int = 0
-) -> Path:
+def write_superglue(root: Path, train: int = 12, dev: int = 6, val: int = 8, test: int = 3, unlabeled: int = 0) -> Path:
     """The same bytes every time. WSC's train has true examples only, as FewGLUE's."""
     rng = random.Random(11)
     counts = {"train": train, "dev32": dev, "val": val, "test": test}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megaptune.config import PromptConfig, TrainConfig
 from megaptune.prompts.bank import Prompt, PromptBank
 from megaptune.prompts.encoder import build_encoder
+from megaptune.prompts.encoder_stack import EncoderStack
 from megaptune.prompts.grouped import bilstm, linear
 from megaptune.run.topology import Topology
 
@@ -263,3 +264,48 @@ def test_adams_moments_are_saved_under_their_parameters_names():
     names = ["best.embedding.weight", "encoder.embedding.weight"]
     names += ["optimizer.embedding.weight.exp_avg", "optimizer.embedding.weight.exp_avg_sq"]
     assert sorted(bank.tensors(bank.prompts[0])) == names
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("encoder", ["lstm", "mlp"])
+def test_an_encoder_alone_is_bit_by_bit_the_one_in_company(encoder: str, rows: int):
+    """Over three steps, at a width where torch has a kernel of its own for a matrix and a vector."""
+    made = []
+    for count in (1, 2, 3):
+        stack = EncoderStack(rows, 32, PromptConfig(encoder=encoder), TrainConfig(), count, CPU)
+        for _ in range(count):
+            stack.add(4)
+        for step in range(3):
+            stack.table([0] * count)
+            gradient = torch.randn(rows, 32, generator=torch.Generator().manual_seed(step))
+            stack.step(torch.stack([gradient] * count), [0.1] * count, [step] * count)
+        made.append(stack.table(None))
+    assert all(torch.equal(found[place], made[0][0]) for found in made for place in range(len(found)))
+
+
+def test_prompts_of_several_kinds_train_side_by_side():
+    """Each as it would alone: an LSTM, plain vectors of the same number of rows, and a head."""
+    kinds = (None, "table", "head")
+    shapes = [Prompt("", ROWS, 0, 0.1, 3, kind).shape for kind in kinds]
+
+    def trained(chosen: tuple[str | None, ...]) -> dict[str | None, Tensor]:
+        bank = PromptBank(
+            WIDTH, PromptConfig(), TrainConfig(), dict.fromkeys(shapes, 1), CPU, Topology(), sharded=False
+        )
+        prompts = {kind: Prompt(f"{kind}", ROWS, 3, 0.1, 3, kind) for kind in chosen}
+        for prompt in prompts.values():
+            bank.add(prompt)
+        for step in range(2):
+            bank.table()
+            bank.step(gradient_of(step).repeat(len(chosen), 1))
+            for prompt in prompts.values():
+                bank.keep_best(prompt)
+        vectors = bank.vectors()
+        for prompt in prompts.values():
+            assert torch.equal(bank.best_vectors(prompt), vectors[prompt.span])
+        return {kind: vectors[prompt.span] for kind, prompt in prompts.items()}
+
+    together = trained(kinds)
+    for kind in kinds:
+        assert torch.equal(together[kind], trained((kind,))[kind])
+    assert together["head"].abs().max() < 0.5 < together["table"].abs().max()  # a head starts near nothing

@@ -71,3 +71,17 @@ def test_attention_behind_a_context_is_torchs_attention_over_both():
     )
     found = packed_attention._behind_context(queries, keys, values, context, mask, 0.3)
     assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_an_example_may_be_read_at_several_positions():
+    padded = pad([LONG, OTHER], [[2, 5], [1]], 99, masked=False, device=CPU)
+    assert (padded.answer_positions.tolist(), padded.rows.tolist()) == ([2, 5, 1], [0, 0, 1])
+    packed = pack([LONG, OTHER], [[2, 5], [1]], [0, 0], masked=False, device=CPU)
+    assert packed.answers.tolist() == [2, 5, 7]
+
+
+def test_no_position_that_is_read_is_shared():
+    """Both would begin with five tokens; the first is read at the third."""
+    packed = pack([LONG, LONG], [[2, 5], [5]], [0, 0], masked=False, device=CPU, share_leads=True)
+    assert packed.slots.tolist() == [[*LONG[:2], *LONG[2:], *LONG[2:]]]
+    assert packed.answers.tolist() == [2, 5, 9]

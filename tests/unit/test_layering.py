@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megaptune"
 LAYERS = """
 __init__
 errors
-config_files            patterns  methods  config  schedule
+config_files            patterns  methods  config_base  superglue_config  config  schedule
 run                     run.files  run.roll_call  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
 backbone.description
@@ -37,7 +37,7 @@ prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack 
 pattern_examples        option_examples  classifier_examples
 examples                superglue_examples  batches  scoring  option_scoring  evaluation
 jobs                    training_report  training_state
-trainer                 preparation      soft_labels  pet
+trainer                 option_models  preparation      soft_labels  pet
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
