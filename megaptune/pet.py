@@ -106,17 +106,18 @@ class PatternEnsemble:
         predicted = Counter(labels[option] for option in together.argmax(dim=1).tolist())
         best = combined([model.test for model in models], weights).argmax(dim=1).tolist()
         figures = self.task.figures(self.classifier, "test", best)
-        about = {
+        counts = {label: predicted[label] for label in labels}
+        about: Row = {
             "data": data,
             "labelled": len(together),
-            "predicted": {label: predicted[label] for label in labels},
+            "predicted": counts,
             "temperature": self.pet.temperature,
             "test": figures,
             "models": [{"name": model.name, **model.about} for model in models],
         }
         self.monitor.say(
             f"{self.job.name}  {len(models)} models labelled {len(together)} examples: "
-            + ", ".join(f"{count} {label}" for label, count in about["predicted"].items())
+            + ", ".join(f"{count} {label}" for label, count in counts.items())
         )
         probabilities = softened(together, self.pet.temperature).tolist()
         return about, _rows(self.classifier.to_label, "to_label", "probabilities", probabilities)

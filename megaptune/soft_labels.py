@@ -57,7 +57,7 @@ def most_confident(probabilities: Tensor, counts: Sequence[int], total: int) -> 
     best, predicted = probabilities.max(dim=1)
     of_label = [(predicted == label).nonzero().flatten().tolist() for label in range(len(counts))]
     wanted = apportioned(total, counts)
-    scale = min(Fraction(1), *(Fraction(len(there), n) for there, n in zip(of_label, wanted, strict=True) if n))
+    scale = min([Fraction(1), *(Fraction(len(there), n) for there, n in zip(of_label, wanted, strict=True) if n)])
     chosen = []
     for label, (there, count) in enumerate(zip(of_label, wanted, strict=True)):
         there.sort(key=lambda example: (-float(best[example]), example))

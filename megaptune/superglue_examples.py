@@ -283,7 +283,7 @@ def prepare_superglue(
     task, patterns = config.task, config.patterns[data.task]
     assert isinstance(task, SuperGlueTask)
     found: dict[tuple[UseOf, str], EncodedOptions] = {}
-    uses: tuple[UseOf, ...] = ("manual", "ptuning", "classifier")
+    uses: tuple[Use | Literal["classifier"], ...] = ("manual", "ptuning", "classifier")
     for use in uses:
         methods = [METHODS[name] for name in config.methods if USE_OF[METHODS[name].prompt] == use]
         if not methods:
@@ -391,7 +391,9 @@ def _for_classifier(
 def _evaluated(
     data: SuperGlueData, encode: Callable[[SuperGlueRecord], OptionExample], trains: bool, labels: bool
 ) -> dict[str, list[OptionExample]]:
-    wanted: list[SplitName] = ["test", "unlabelled", *(["dev"] if trains else []), *(["to_label"] if labels else [])]
+    wanted: set[SplitName] = {"test", "unlabelled"}
+    wanted |= {"dev"} if trains else set()
+    wanted |= {"to_label"} if labels else set()
     return {
         split: [encode(record) for record in data.splits[split].records]
         if split in wanted and split in data.splits

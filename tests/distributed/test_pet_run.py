@@ -138,12 +138,14 @@ def test_a_pattern_that_is_not_there_is_named(tmp_path):
 
 def test_what_is_labelled_has_no_label_and_is_nowhere_else(tmp_path):
     """train.jsonl, whose labels stand there; of two folders the one that pet.root names."""
-    few = write_superglue(tmp_path / "few", train=6)
+    few = write_superglue(tmp_path / "few")
+    file = few / "RTE" / "train.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:8]))  # of the 12 that the other folder has
     raw = _settings(tmp_path, ["RTE"], {"file": "train", "root": str(tmp_path / "data")})
     raw["task"]["root"] = str(few)
     (data,) = load_superglue(validate(raw, "config.yaml"))
     found = data.splits["to_label"]
-    assert 0 < len(found.records) < 12
+    assert len(found.records) == 4
     assert not found.labels()
     texts = [record.fields for split in ("train", "dev", "test") for record in data.splits[split].records]
     assert not [record for record in found.records if record.fields in texts]
