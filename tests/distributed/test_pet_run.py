@@ -138,7 +138,7 @@ def test_a_pattern_that_is_not_there_is_named(tmp_path):
 
 def test_what_is_labelled_has_no_label_and_is_nowhere_else(tmp_path):
     """train.jsonl, whose labels stand there; of two folders the one that pet.root names."""
-    few = write_superglue(tmp_path / "few")
+    few = write_superglue(tmp_path / "few", unlabeled=4)  # the same rows
     file = few / "RTE" / "train.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:8]))  # of the 12 that the other folder has
     raw = _settings(tmp_path, ["RTE"], {"file": "train", "root": str(tmp_path / "data")})
