@@ -10,8 +10,11 @@ from ranks import RankFailed, run_ranks, train
 from runs import result
 from tiny_superglue import save_backbone, settings, write_config, write_superglue
 
-from megaptune.config import validate
+from megaptune.config import load_config, validate
 from megaptune.errors import ConfigError, DataError
+from megaptune.methods import METHODS
+from megaptune.preparation import prepare_run
+from megaptune.run.monitor import Monitor
 from megaptune.superglue_examples import load_superglue
 
 pytestmark = pytest.mark.dist
@@ -129,6 +132,20 @@ def _settings(tmp_path: Path, tasks: list[str] | str, pet: dict | None = None, u
 def test_tasks_whose_options_are_phrases_are_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="method ipet cannot label WSC: its examples have phrases of their own"):
         validate(_settings(tmp_path, ["RTE", "WSC"]), "config.yaml")
+
+
+def test_all_tasks_are_those_that_can_be_labelled(config):
+    run = prepare_run(load_config(config, ["task.tasks=all", "pet.patterns={}"]), Monitor(speaks=False))
+    for task in run.tasks:
+        named = task.name in ("WSC", "ReCoRD")
+        assert bool(task.variants(METHODS["pet"], run.config)) != named
+        assert ("left out ipet: its examples have phrases of their own" in task.summary(0)) == named
+
+
+def test_one_model_alone_cannot_be_helped_by_others(config):
+    alone = load_config(config, ["pet.patterns={RTE: [is_it_so]}"])
+    with pytest.raises(DataError, match="ipet lets the other models label for each, and there is one model"):
+        prepare_run(alone, Monitor(speaks=False))
 
 
 def test_a_pattern_that_is_not_there_is_named(tmp_path):
