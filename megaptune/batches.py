@@ -20,11 +20,13 @@ from megaptune.option_examples import OptionExample
 
 
 class Member(NamedTuple):
-    """An example as one job's: ``first_row`` is where the job's rows begin in the table, ``job`` its number there."""
+    """An example as one job's: ``first_row`` is where the job's rows begin in the table, ``job`` its number there;
+    ``virtual_tokens``: of the job's deep prompt, 0 for none."""
 
     example: Example | OptionExample
     first_row: int = 0
     job: int = 0
+    virtual_tokens: int = 0
 
     @property
     def inputs(self) -> list[list[int]]:
@@ -106,14 +108,19 @@ def rounds(pieces: list[list[int]], rank: int, world_size: int) -> list[list[int
 
 
 def collate(members: Sequence[Member], host: BackboneHost, pad_id: int, stand_in: Member) -> Batch:
-    """The members as tensors; without any, a batch of the stand-in that counts nothing."""
+    """The members as tensors; without any, a batch of the stand-in that counts nothing.
+
+    All of them have deep prompts, or none has.
+    """
     present = list(members) or [stand_in]
     examples = [member.example for member in present if isinstance(member.example, Example)]
     assert len(examples) == len(present), "examples with options are collated by option_scoring"
     answers = [example.answer_position for example in examples]
+    slots, jobs, rows = ([getattr(m, name) for m in present] for name in ("slots", "job", "first_row"))
+    virtual_tokens = present[0].virtual_tokens
     return Batch(
-        host.lay_out([member.slots for member in present], answers, [member.job for member in present], pad_id),
+        host.lay_out(slots, answers, jobs, pad_id, first_rows=rows, virtual_tokens=virtual_tokens),
         torch.tensor([example.answer for example in examples], device=host.device),
-        torch.tensor([member.job for member in present], device=host.device),
+        torch.tensor(jobs, device=host.device),
         torch.full((len(present),), 1.0 if members else 0.0, device=host.device),
     )

@@ -1,4 +1,4 @@
-"""The command line: ``megaptune train|plan|check|preflight|report|convert|checksum|env``."""
+"""The command line: ``megaptune train|plan|check|preflight|report|convert|pretrain|checksum|env``."""
 
 import gc
 import os
@@ -136,16 +136,17 @@ def preflight(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
-    """Print the table of a run, finished or not, and write results.json and results.md again."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories, finished or not")],
+    output: Annotated[Path | None, typer.Option(help="folder to write to (default: report/ in the first RUN)")] = None,
+    formats: Annotated[str, typer.Option("--format", help="what to write")] = "md,html,csv,png",
+) -> None:
+    """Tables beside the paper's, learning curves and all figures of one or more runs."""
 
     def work() -> None:
-        from megaptune.results.tables import read_table
-        from megaptune.run.monitor import Monitor
+        from megaptune.report.command import write_report
 
-        table = read_table(run, load_config(run / "config.yaml"))
-        table.write(run)
-        Monitor(speaks=True).show(table.console())
+        write_report(runs, output, formats, typer.echo)
 
     _exit_with(work)
 
@@ -198,6 +199,22 @@ def convert(
 
 
 @app.command()
+def pretrain(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Train a small GPT-2 or BERT and its tokenizer on a text file; run again to continue."""
+
+    def work() -> None:
+        from megaptune.pretraining.config import load_pretrain_config
+
+        settings = load_pretrain_config(config, overrides)
+        from megaptune.pretraining import command
+        from megaptune.run.monitor import Monitor
+
+        command.pretrain(settings, Monitor(speaks=True))
+
+    _exit_with(work)
+
+
+@app.command()
 def backbone() -> None:
     """Convert the embedded backbone into the cache, if that was not done, and print its folder."""
 
@@ -210,12 +227,15 @@ def backbone() -> None:
 
 
 @app.command()
-def options() -> None:
+def options(
+    of: Annotated[Literal["train", "pretrain"], typer.Option(help="the command whose configuration it is")] = "train",
+) -> None:
     """Every key of a configuration as a Markdown table: type, default, meaning."""
     from megaptune.config_files import options_table
+    from megaptune.pretraining.config import PretrainConfig
 
     typer.echo("| key | type | default | meaning |\n| --- | --- | --- | --- |")
-    for row in options_table(Config):
+    for row in options_table(Config if of == "train" else PretrainConfig):
         typer.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{row[0]}`", *row[1:])) + " |")
 
 

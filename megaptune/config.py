@@ -8,16 +8,21 @@ A relative input path is relative to the file that states it (with ``--set``: to
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from megaptune import config_files
 from megaptune.config_base import Limits, Section
-from megaptune.errors import ConfigError
-from megaptune.methods import METHODS, MethodName
+from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
 from megaptune.patterns import PatternBook, TaskName
 from megaptune.superglue_config import PetConfig, SuperGlueTask, pattern_problems, pet_problems
 
-Reading = Literal["answers", "word_list", "vocabulary"]
+Reading = str
+"""The candidates that an answer is compared with: one of READINGS, or the name of one of task.word_lists."""
+READINGS = ("answers", "word_list", "vocabulary", "answers_multi")
+LONG_ANSWERS = "answers_multi"
+"""The reading that keeps answers of several tokens: it is of whole answers, not of single tokens."""
+EncoderName = Literal["lstm", "mlp", "table", "deep_table", "deep_mlp"]
+"""Of ``prompts.encoder``."""
 
 
 class RunConfig(Section):
@@ -35,6 +40,9 @@ class BackboneConfig(Section):
     kind: Literal["auto", "causal", "masked"] = Field("auto", description="auto: from the folder's `architectures`")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the frozen weights; prompts are always fp32")
     verify: bool = Field(True, description="compare weight files with their recorded SHA-256, where one is recorded")
+    random_weights: int | None = Field(
+        None, ge=0, description="a control: draw all weights from this seed, so that the LM knows nothing"
+    )
 
 
 class TaskConfig(Limits):
@@ -44,6 +52,9 @@ class TaskConfig(Limits):
         "error", description="an answer that is not one token of the backbone: stop, or drop the record and count it"
     )
     word_list: Path | None = Field(None, description="words answers may be: .txt (one a line) or LAMA's .json lists")
+    word_lists: dict[str, Path] = Field(
+        {}, description="more readings, name: file; each compares the records whose answer it lists over its words"
+    )
 
 
 class LamaTask(TaskConfig):
@@ -52,6 +63,13 @@ class LamaTask(TaskConfig):
     type: Literal["lama"] = Field(description="LAMA T-REx in the official layout")
     root: Path = Field(description="folder with relations.jsonl and fact-retrieval/original/P*/")
     relations: list[str] | Literal["all"] = Field("all", description="relation ids such as P17, or all that are there")
+    lpaqa_prompts: Path | None = Field(
+        None,
+        description="rows of relation and template, for manual_lpaqa; default: prompts/LPAQA_relations.jsonl in root",
+    )
+    autoprompt_prompts: Path | None = Field(
+        None, description="the same for manual_autoprompt; default: prompts/AutoPrompt_relations.jsonl in root"
+    )
     multi_token_answers: Literal["error", "drop"] = Field(
         "drop", description="an answer that is not one token of the backbone: drop the record and count it, or stop"
     )
@@ -69,6 +87,33 @@ class CustomTask(TaskConfig):
     subject: str | None = Field(None, description="the field searched for copied answers; default: all other fields")
 
 
+class DeepConfig(Section):
+    """Deep prompts: virtual tokens in front of every input, whose keys and values are trained in every layer."""
+
+    length: int = Field(20, ge=1, description="virtual tokens; they count towards the backbone's context")
+    encoder: Literal["table", "mlp"] = Field(
+        "table", description="table: keys and values themselves (P-tuning v2); mlp: made by one (prefix tuning)"
+    )
+    hidden_size: int = Field(512, ge=1, description="of the mlp between its two layers")
+    init: Literal["words", "random"] = Field(
+        "words", description="where a table starts: at the LM's own keys and values of words, or at nothing"
+    )
+    init_text: str | None = Field(
+        None, min_length=1, description="the words, as often as length asks; default: the first training inputs"
+    )
+    init_std: float = Field(
+        0.02, ge=0, description="of what is drawn for a table and added; the released P-tuning v2: random, and 1"
+    )
+    input: Literal["bare", "manual"] = Field(
+        "bare", description="what follows the prompt: prompt.template without pseudo tokens, or the manual prompt"
+    )
+
+    @property
+    def kind(self) -> EncoderName:
+        """Among all encoders."""
+        return "deep_mlp" if self.encoder == "mlp" else "deep_table"
+
+
 class PromptConfig(Section):
     template: str = Field(
         "[P*3] {subject} [P*3] [answer] [P*3]",
@@ -77,14 +122,25 @@ class PromptConfig(Section):
     manual: str | None = Field(None, description="the manual prompt; default for LAMA: the relation's own template")
     encoder: Literal["lstm", "mlp", "table"] = Field("lstm", description="lstm: the paper's; table: plain vectors")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout between the encoder's LSTM layers")
+    deep: DeepConfig = DeepConfig()
 
 
 class ScoringConfig(Section):
-    train_over: Reading = Field("vocabulary", description="the softmax of the training loss")
+    train_over: Literal["answers", "word_list", "vocabulary"] = Field(
+        "vocabulary", description="the softmax of the training loss"
+    )
     evaluate_over: list[Reading] = Field(
-        ["answers", "vocabulary"], min_length=1, description="the candidate sets that test figures are given for"
+        ["answers", "vocabulary"],
+        min_length=1,
+        description="the candidate sets that test figures are given for: answers, word_list, vocabulary, one of "
+        "task.word_lists, or answers_multi: answers of several tokens too, by likelihood (of frozen LMs)",
     )
     select_on: Reading = Field("vocabulary", description="the reading for early stopping and the headline figure")
+
+    @property
+    def by_token(self) -> list[Reading]:
+        """The readings of test figures that compare single tokens."""
+        return [name for name in self.evaluate_over if name != LONG_ANSWERS]
 
 
 class TrainConfig(Section):
@@ -108,6 +164,16 @@ class TrainConfig(Section):
     final_fraction: float = Field(0.0, ge=0, le=1, description="linear: the last step's share of learning_rate")
     max_gradient_norm: float | None = Field(
         None, gt=0, description="clip the gradient at this norm: the encoder's and a tuned LM's, each its own"
+    )
+    loss_position: Literal["answer", "before_answer"] = Field(
+        "answer",
+        description="of a causal LM: before_answer trains the output one token earlier than the one that is evaluated, "
+        "as the released LAMA code does by mistake",
+    )
+    lm_dropout: bool = Field(
+        False,
+        description="the LM's own dropout works on training batches although it is frozen, as in the released code; "
+        "jobs that train together then share masks, and the savings of `speed` that pack batches must be off",
     )
     patience: int = Field(20, ge=0, description="stop after so many dev passes without a gain (a tie is one); 0: never")
 
@@ -238,10 +304,12 @@ class Config(Section):
     methods: list[MethodName] = Field(
         ["manual", "ptuning"],
         min_length=1,
-        description="manual: zero-shot with the manual prompt; ptuning: a prompt trained against the frozen LM; "
+        description="manual: zero-shot with the manual prompt; manual_lpaqa, manual_autoprompt: with the prompts that "
+        "these found for LAMA (of several the best on dev); ptuning: a prompt trained against the frozen LM; "
         "prompt_tuning: the same with plain vectors for the encoder; finetune: the LM tuned on the template without "
         "pseudo tokens (SuperGLUE: under a classification head); manual+finetune, ptuning+finetune: LM tuned too; "
-        "pet, ipet (SuperGLUE): patterns' models label examples, of which such a head learns",
+        "deep_ptuning: keys and values trained for every layer, against the frozen LM; "
+        "pet, ipet (SuperGLUE): patterns' models label examples, of which a head learns",
     )
     prompt: PromptConfig = PromptConfig()
     pet: PetConfig = PetConfig()
@@ -262,24 +330,45 @@ class Config(Section):
         wants_word_list = {*self.scoring.evaluate_over, self.scoring.train_over} & {"word_list"}
         if wants_word_list and self.task.word_list is None:
             problems.append("scoring reads over word_list, but task.word_list names no file")
+        named = list(self.task.word_lists) if isinstance(self.task, TaskConfig) else []
+        problems += [f"task.word_lists.{name} has the name of another reading" for name in named if name in READINGS]
+        problems += [
+            f"scoring.evaluate_over: {name!r} is no reading; expected {', '.join((*READINGS, *named))}"
+            for name in self.scoring.evaluate_over
+            if name not in (*READINGS, *named)
+        ]
         if self.scoring.select_on not in self.scoring.evaluate_over:
             problems.append(
                 f"scoring.select_on is {self.scoring.select_on!r}, which scoring.evaluate_over does not list"
             )
+        elif self.scoring.select_on == LONG_ANSWERS:
+            problems.append(f"scoring.select_on: {LONG_ANSWERS} is reported only; select on a reading of single tokens")
         if isinstance(self.task, CustomTask):
             training = next((name for name in self.methods if METHODS[name].trains), None)
             missing = [f"task.{split}" for split in ("train", "dev") if getattr(self.task, split) is None]
             if training and missing:
                 problems.append(f"method {training} needs {' and '.join(missing)}")
-            manual = next((name for name in self.methods if METHODS[name].prompt == "manual"), None)
+            manual = next((name for name in self.methods if self.reads_manual(name)), None)
             if manual and self.prompt.manual is None:
                 problems.append(f"method {manual} needs prompt.manual: a custom task has no template of its own")
+        if not isinstance(self.task, LamaTask):
+            problems += [
+                f"method {PROMPT_SETS[name]} has prompts for LAMA's relations only; write your own as prompt.manual"
+                for name in self.prompt_sets
+            ]
+        if self.backbone.random_weights is not None and not any(METHODS[name].trains for name in self.methods):
+            problems.append("backbone.random_weights is a control for what is trained; no method here trains anything")
         if isinstance(self.task, SuperGlueTask):
             problems += pattern_problems(self.task, self.patterns)
             if self.jobs.templates:
                 problems.append("jobs.templates is for other tasks; of a superglue task name patterns in task.ptuning")
         problems += self._pet_problems()
         problems += self._layout_problems()
+        if self.deep and not self.speed.answers_only:
+            problems.append("method deep_ptuning reads packed batches, at the answers alone: set speed.answers_only")
+        if self.deep and isinstance(self.task, SuperGlueTask):
+            problems.append("method deep_ptuning is for lama and custom tasks; superglue patterns do not take it yet")
+        problems += self._dropout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
             "methods": list(self.methods),
@@ -306,6 +395,18 @@ class Config(Section):
             return [f"method {method} is for superglue tasks: it needs several patterns with the same labels"]
         return pet_problems(method, self.pet, self.task, self.patterns)
 
+    def _dropout_problems(self) -> list[str]:
+        """What computes a block in another form than the family's own, or more than once, has no dropout in it."""
+        if not self.train.lm_dropout:
+            return []
+        speed, parallel = self.speed, self.parallel
+        packing = "packing", "share_leading_tokens", "cut_last_block", "context_cache", "compile_blocks"
+        wrong = [f"speed.{name}: false" for name in packing if getattr(speed, name)]
+        wrong += ["parallel.activation_checkpointing: false"] if parallel.activation_checkpointing else []
+        wrong += ["parallel.tensor_parallel: 1"] if parallel.tensor_parallel > 1 else []
+        wrong += ["a stated parallel.layout"] if parallel.layout == "auto" else []
+        return [f"train.lm_dropout needs {', '.join(wrong)}"] if wrong else []
+
     def _layout_problems(self) -> list[str]:
         if not self.tunes_lm:
             stage = self.parallel.zero_stage
@@ -320,6 +421,26 @@ class Config(Section):
     @property
     def tunes_lm(self) -> bool:
         return any(METHODS[name].tunes_lm for name in self.methods)
+
+    @property
+    def deep(self) -> bool:
+        """Whether a method trains deep prompts."""
+        return any(METHODS[name].deep for name in self.methods)
+
+    def reads_manual(self, method: MethodName) -> bool:
+        """Whether a method's input is the manual prompt."""
+        return METHODS[method].prompt == "manual" or (METHODS[method].deep and self.prompt.deep.input == "manual")
+
+    def encoder(self, method: MethodName) -> EncoderName:
+        """What makes a method's prompts."""
+        if METHODS[method].deep:
+            return self.prompt.deep.kind
+        return METHODS[method].encoder or self.prompt.encoder
+
+    @property
+    def prompt_sets(self) -> list[PromptSet]:
+        """The sets of prompts that methods read."""
+        return [name for name, method in PROMPT_SETS.items() if method in self.methods]
 
     @property
     def learning_rates(self) -> list[float]:
@@ -337,8 +458,10 @@ class Config(Section):
 
     def jobs_at_once(self, tasks: int) -> int:
         """How many prompts of so many tasks share a step; methods that tune the LM train one job at a time."""
-        frozen = sum(METHODS[name].trains and not METHODS[name].tunes_lm for name in self.methods)
-        count = frozen * tasks * len(self.run.seeds) * len(self.learning_rates) * len(self.templates)
+        frozen = [METHODS[name] for name in self.methods if METHODS[name].trains and not METHODS[name].tunes_lm]
+        deep = sum(method.deep for method in frozen)  # these train together, after the others
+        count = max((len(frozen) - deep) * len(self.templates), deep)
+        count *= tasks * len(self.run.seeds) * len(self.learning_rates)
         return max(1, min(count, self.jobs.at_once or count))
 
     @property
@@ -363,7 +486,10 @@ INPUT_PATHS = (
     "backbone.path",
     "backbone.architecture",
     "task.root",
+    "task.lpaqa_prompts",
+    "task.autoprompt_prompts",
     "task.word_list",
+    "task.word_lists",
     "task.train",
     "task.dev",
     "task.test",
@@ -392,11 +518,4 @@ def load_config(
 
 def validate(raw: dict[str, Any], source: str) -> Config:
     """A plain mapping as a :class:`Config`; ``source`` names it in the error."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = [config_files.describe(problem, Config, raw) for problem in error.errors()]
-        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-        raise ConfigError(
-            f"{source}: {count} in the configuration\n" + "\n".join(f"  - {line}" for line in lines)
-        ) from None
+    return config_files.validated(Config, raw, source)

@@ -5,12 +5,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from megaptune.errors import ConfigError
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,6 +61,9 @@ class PathResolver:
                 holder[name] = self.resolved(value, key, base)
             elif isinstance(holder, dict) and isinstance(value, list):
                 holder[name] = [self.resolved(v, key, base) if isinstance(v, str) else v for v in value]
+            elif isinstance(holder, dict) and isinstance(value, dict):
+                found = {n: self.resolved(v, f"{key}.{n}", base) if isinstance(v, str) else v for n, v in value.items()}
+                holder[name] = found
 
     def resolved(self, value: str, key: str, base: Path) -> str:
         if self.keep(value) or (self.unset and unset_variable(value)):
@@ -124,6 +129,21 @@ def apply_override(raw: dict[str, Any], override: str, resolve: PathResolver) ->
         value = {name: value}
     resolve(value, Path.cwd())
     _merge(raw, value)
+
+
+def validated(schema: type[Schema], raw: dict[str, Any], source: str) -> Schema:
+    """A plain mapping as an instance of ``schema``; ``source`` names it in the error.
+
+    :raises ConfigError: with every problem found, and the nearest valid key for an unknown one.
+    """
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        lines = [describe(problem, schema, raw) for problem in error.errors()]
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise ConfigError(
+            f"{source}: {count} in the configuration\n" + "\n".join(f"  - {line}" for line in lines)
+        ) from None
 
 
 def describe(problem: Any, root: type[BaseModel], raw: dict[str, Any]) -> str:

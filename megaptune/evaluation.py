@@ -20,13 +20,16 @@ from megaptune.scoring import Figures, Scorer
 
 @dataclass(frozen=True)
 class Outcome:
-    """loss [N] fp32, rank [N] and prediction [N] (token ids), in the order of the examples."""
+    """loss [N] fp32, rank [N] and prediction [N] (token ids), in the order of the examples.
+
+    The rank is -1 where the answer is no candidate: the example does not count under this reading.
+    """
 
     loss: Tensor
     rank: Tensor
     prediction: Tensor
 
-    def of(self, members: slice) -> "Outcome":
+    def of(self, members: slice | Tensor) -> "Outcome":
         """That of some of the examples."""
         return Outcome(self.loss[members], self.rank[members], self.prediction[members])
 

@@ -6,7 +6,7 @@ again, so the same command continues an interrupted run.
 """
 
 import gc
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ from megaptune.backbone.host import BackboneHost
 from megaptune.backbone.tuned_host import TunedHost
 from megaptune.backbone.weight_files import verify_checksums
 from megaptune.batches import Member
-from megaptune.config import Config
+from megaptune.config import Config, Reading
 from megaptune.errors import DivergedError, SetupError
 from megaptune.evaluation import Outcome, Outcomes
-from megaptune.examples import EncodedTask, Example, PreparedTask, baselines
+from megaptune.examples import EncodedTask, Example, PreparedTask
 from megaptune.jobs import Job, Training
 from megaptune.kernels import dispatch
+from megaptune.long_answers import LongMember, LongOutcome, rank_answers
 from megaptune.methods import METHODS, MethodName
+from megaptune.option_examples import OptionExample
 from megaptune.option_scoring import OptionOutcome, OptionScorer
 from megaptune.pet import PatternEnsemble
 from megaptune.preparation import PreparedRun
+from megaptune.results.facts_job import finish_facts
 from megaptune.results.lm_folder import write_tuned_lm
 from megaptune.results.prompt_folder import write_prompt
 from megaptune.results.superglue_job import finish_superglue
@@ -37,14 +40,13 @@ from megaptune.results.table import ResultsTable
 from megaptune.results.tables import read_table
 from megaptune.run import roll_call
 from megaptune.run.directory import RunDirectory
-from megaptune.run.files import write_json, write_whole
 from megaptune.run.grid import ProcessGrid
 from megaptune.run.monitor import Monitor
 from megaptune.run.stopping import StopRequest
 from megaptune.run.topology import Topology, agree, on_main
 from megaptune.scoring import Scorer
 from megaptune.superglue_examples import EncodedOptions, PreparedSuperGlue
-from megaptune.trainer import Stage, Trainer
+from megaptune.trainer import Stage, Trainer, dev_figures
 
 
 @dataclass
@@ -94,9 +96,9 @@ class Experiment:
         self.banner()
         for task in self.prepared.tasks:
             self.monitor.say(task.summary(self.host.vocabulary_size))
-        for tuned in (False, True):
-            methods = [name for name in METHODS if name in self.config.methods and METHODS[name].tunes_lm == tuned]
-            jobs = self.jobs(methods)
+        for tuned, deep in ((False, False), (False, True), (True, False)):
+            wanted = [name for name in METHODS if name in self.config.methods]
+            jobs = self.jobs([n for n in wanted if (METHODS[n].tunes_lm, METHODS[n].deep) == (tuned, deep)])
             done = set(agree([job.number for job in jobs if job.has_result]))
             pending = [job for job in jobs if job.number not in done]
             self.say_done(jobs, pending)
@@ -108,7 +110,7 @@ class Experiment:
                 for job in pending:
                     self.tune(job)
             else:
-                self.run_frozen(pending, self.stage(jobs))
+                self.run_frozen(pending, self.stage(jobs), "deep-checkpoints" if deep else "checkpoints")
         return read_table(self.directory.path, self.config)
 
     def jobs(self, methods: list[MethodName]) -> list[Job]:
@@ -117,6 +119,8 @@ class Experiment:
         for task in self.prepared.tasks:
             for name in methods:
                 method = METHODS[name]
+                if name in task.left_out:
+                    continue
                 for variant in task.variants(method, self.config):
                     encoded = task.encoded(method, variant.template)
                     for seed in self.config.run.seeds if method.trains else [None]:
@@ -131,7 +135,7 @@ class Experiment:
         if not tasks:
             options = OptionScorer(self.host, self.option_scorer(jobs))
             return Stage(self.config, self.host, self.topology, {}, pad_id, self.monitor, self.stop, options)
-        readings = sorted({*self.config.scoring.evaluate_over, self.config.scoring.train_over})
+        readings = sorted({*self.config.scoring.by_token, self.config.scoring.train_over})
         set_of = [0] * (max(job.number for job in jobs) + 1)
         for job in jobs:
             set_of[job.number] = next(place for place, task in enumerate(tasks) if task is job.task)
@@ -168,17 +172,18 @@ class Experiment:
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 
-    def run_frozen(self, jobs: list[Job], stage: Stage) -> None:
+    def run_frozen(self, jobs: list[Job], stage: Stage, checkpoints: str) -> None:
         """Manual prompts, and the bank of trained ones."""
         zero_shot = [job for job in jobs if job.seed is None]
         training = [job for job in jobs if job.seed is not None]
         for job in zero_shot:
             self.monitor.rewind({job.name: 0})
+            extra = self.choose_prompt(job, stage)
+            outcomes = self.zero_shot(job, job.encoded.reported, stage, self.config.scoring.by_token)
             nothing = torch.zeros(0, self.host.width, device=self.host.device)
-            members = [Member(example, 0, job.number) for example in job.encoded.reported]
-            self.finish(job, stage.evaluate(members, nothing, self.config.scoring.evaluate_over), {})
+            self.finish(job, outcomes, extra, self.rank_answers([(job, 0)], nothing).get(job.number))
         if training:
-            self.train(training, stage, self.directory.path / "checkpoints")
+            self.train(training, stage, self.directory.path / checkpoints)
         else:
             roll_call.mark("training")  # no step will come
 
@@ -191,40 +196,89 @@ class Experiment:
             stage = replace(stage, config=config)
         self.train([job], stage, job.folder / "checkpoints")
 
+    def zero_shot(
+        self, job: Job, examples: Sequence[Example | OptionExample], stage: Stage, readings: list[Reading]
+    ) -> Outcomes:
+        nothing = torch.zeros(0, self.host.width, device=self.host.device)
+        return stage.evaluate([Member(example, 0, job.number) for example in examples], nothing, readings)
+
+    def choose_prompt(self, job: Job, stage: Stage) -> dict[str, Any]:
+        """Of several prompts the job takes the one that is best on dev, the first of equals."""
+        choices = job.task.alternatives(job.method) if isinstance(job.task, PreparedTask) else []
+        if len(choices) < 2:
+            return {}
+        reading = self.config.scoring.select_on
+        scores = []
+        for choice in choices:
+            found = self.zero_shot(job, choice.dev, stage, [reading])[reading]
+            scores.append(dev_figures(job, found)[job.task.headline])
+        job.encoded = choices[scores.index(max(scores))]
+        return {"best_dev_p_at_1": max(scores), "prompts_tried": len(choices)}
+
     def train(self, jobs: list[Job], stage: Stage, checkpoints: Path) -> None:
         """Prompts, the LM or both, as the methods say."""
 
         def finish(trainings: list[Training], table: torch.Tensor) -> None:
             members, first_row = [], 0
+            placed = []
             for training in trainings:
                 job = training.job
-                members += [Member(example, first_row, job.number) for example in job.encoded.reported]
+                placed.append((job, first_row))
+                members += training.members(job.encoded.reported, first_row)
                 first_row += training.prompt.rows
-            outcomes = stage.evaluate(members, table, self.config.scoring.evaluate_over)
+            outcomes = stage.evaluate(members, table, self.config.scoring.by_token)
+            long = self.rank_answers(placed, table)
             first = first_row = 0
             for training in trainings:
                 stop, last_row = first + len(training.job.encoded.reported), first_row + training.prompt.rows
                 mine: Outcomes = {reading: found.of(slice(first, stop)) for reading, found in outcomes.items()}
-                self.finish_training(trainer, training, table[first_row:last_row], mine)
+                rows = table[first_row:last_row]
+                self.finish_training(trainer, training, rows, mine, long.get(training.job.number))
                 first, first_row = stop, last_row
 
         trainer = Trainer(stage, jobs, checkpoints, finish)
         trainer.fit()
         self.diverged |= trainer.diverged
 
-    def finish_training(self, trainer: Trainer, training: Training, vectors: torch.Tensor, outcomes: Outcomes) -> None:
+    def rank_answers(self, jobs: list[tuple[Job, int]], table: torch.Tensor) -> dict[int, LongOutcome]:
+        """By the jobs' numbers, where answers of several tokens are wanted; a job comes with its first row."""
+        members: list[LongMember] = []
+        spans: dict[int, range] = {}
+        for job, first_row in jobs:
+            task, encoded = job.task, job.encoded
+            if isinstance(task, PreparedTask) and isinstance(encoded, EncodedTask) and task.long and encoded.long:
+                first = len(members)
+                members += [LongMember(e, task.long.answers, first_row, job.number) for e in encoded.long]
+                spans[job.number] = range(first, len(members))
+        if not members or self.host.trained:
+            return {}
+        batch, pad_id = self.config.evaluation.batch, self.prepared.pad_id
+        outcome = rank_answers(self.host, members, table, batch, pad_id)
+        return {number: outcome.among(index in span for index in range(len(members))) for number, span in spans.items()}
+
+    def finish_training(
+        self,
+        trainer: Trainer,
+        training: Training,
+        vectors: torch.Tensor,
+        outcomes: Outcomes,
+        long: LongOutcome | None = None,
+    ) -> None:
         job, bank = training.job, trainer.bank
         writer = training.prompt.owner or 0
         if training.prompt.rows and self.topology.rank == writer:
             about = {
                 "template": job.encoded.template.text,
                 "kind": self.host.kind,
-                "encoder": job.encoder or self.config.prompt.encoder,
+                "encoder": training.prompt.encoder or self.config.prompt.encoder,
                 "seed": job.seed,
                 "learning_rate": job.variant.learning_rate,
                 "backbone": self.host.fingerprint.as_dict(),
                 "lm_tuned": job.method.tunes_lm,  # then the vectors belong to the tuned weights, not the backbone's
             }
+            if trainer.deep is not None:
+                vectors = trainer.deep.keys_and_values(vectors, training.virtual_tokens)
+                about["deep"] = {"virtual_tokens": training.virtual_tokens, **asdict(trainer.deep)}
             write_prompt(job.folder / "prompt", vectors, training.prompt.best, about)
         if bank.sharded:
             agree(None)  # the prompt is written before the result
@@ -238,9 +292,9 @@ class Experiment:
         }
         if training.prompt.rows:
             extra |= {"learning_rate": job.variant.learning_rate, "variant": job.variant.suffix.lstrip("-")}
-        self.finish(job, outcomes, extra | job.notes)
+        self.finish(job, outcomes, extra | job.notes, long)
 
-    def finish(self, job: Job, outcomes: Outcomes, extra: dict[str, Any]) -> None:
+    def finish(self, job: Job, outcomes: Outcomes, extra: dict[str, Any], long: LongOutcome | None = None) -> None:
         """Write the job's result last of all, so that a job with a result is a finished one."""
         if not self.topology.is_main:
             return
@@ -248,59 +302,8 @@ class Experiment:
             found = outcomes["options"]
             assert isinstance(found, OptionOutcome)
             return finish_superglue(job, found, self.config, self.directory, self.monitor, extra)
-        assert isinstance(job.encoded, EncodedTask)
-        data, template, folder = job.task.data, job.encoded.template.text, job.folder
         read = {reading: outcome for reading, outcome in outcomes.items() if isinstance(outcome, Outcome)}
-        figures = {reading: asdict(outcome.figures) for reading, outcome in read.items()}
-        predictions = self.predictions(job.encoded.test, read[self.config.scoring.select_on])
-        write_whole(
-            folder / "predictions.jsonl", "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        )
-        for reading, values in figures.items():
-            self.monitor.record("test", job.name, extra.get("steps", 0), {"reading": reading, **values})
-        shown = predictions[: self.config.monitor.sample_predictions]
-        rows = "\n".join(f"| {p['subject']} | {p['answer']} | {p['predicted']} | {p['rank']} |" for p in shown)
-        self.monitor.text(
-            job.name, "predictions", f"| subject | answer | predicted | rank |\n| --- | --- | --- | --- |\n{rows}"
-        )
-        self.monitor.text(job.name, "config", "```json\n" + self.config.model_dump_json(indent=2) + "\n```")
-        seed = -1 if job.seed is None else job.seed
-        settings = {"method": job.method_name, "task": data.name, "seed": seed, "template": template}
-        train = self.config.train
-        rate = extra.get("learning_rate", train.learning_rate)
-        rates = {"learning_rate": rate, "lm_learning_rate": train.lm_learning_rate}
-        trained = {"encoder": job.encoder or self.config.prompt.encoder, **rates}
-        self.monitor.hyperparameters(job.name, {**settings, **trained}, {r: v["p_at_1"] for r, v in figures.items()})
-        self.monitor.flush()
-        write_json(
-            folder / "result.json",
-            {
-                "task": data.name,
-                "label": data.label,
-                "type": data.type,
-                "method": job.method_name,
-                "seed": job.seed,
-                "template": template,
-                "test": figures,
-                "baselines": asdict(baselines(data)),
-                "counts": {split: len(records) for split, records in data.splits.items()},
-                "dropped": data.dropped,
-                "candidates": {
-                    reading: job.task.num_candidates(reading, self.host.vocabulary_size)
-                    for reading in self.config.scoring.evaluate_over
-                },
-                **extra,
-            },
-        )
-        line = "  ".join(f"{reading} {100 * values['p_at_1']:.1f}" for reading, values in figures.items())
-        self.monitor.say(f"{job.name}  test P@1: {line}")
-
-    def predictions(self, examples: list[Example], outcome: Outcome) -> list[dict[str, Any]]:
-        words = [self.prepared.tokenizer.decode([token]).strip() for token in outcome.prediction.tolist()]
-        return [
-            {"subject": e.record.subject, "answer": e.record.answer, "predicted": word, "rank": rank + 1}
-            for e, word, rank in zip(examples, words, outcome.rank.tolist(), strict=True)
-        ]
+        finish_facts(job, read, long, self.prepared, self.host.vocabulary_size, self.monitor, extra)
 
     def require_finite(self) -> None:
         """:raises DivergedError: naming the jobs that diverged, when all others have their results."""
@@ -316,7 +319,8 @@ class Experiment:
         extras = ", offload to " + parallel.offload if parallel.offload != "none" else ""
         extras += ", activations recomputed" if parallel.activation_checkpointing else ""
         extras += ", blocks compiled" if host.speed.compile_blocks else ""
-        train = config.train
+        seed, train = config.backbone.random_weights, config.train
+        drawn = "" if seed is None else f", weights drawn from seed {seed}"
         together = config.jobs_at_once(len(self.prepared.tasks))
         union = train.global_batch * together
         micro = min(train.micro_batch, union)
@@ -325,7 +329,7 @@ class Experiment:
         idle = f", {replicas - pieces} replicas idle: lower train.micro_batch" if pieces < replicas else ""
         kernels = ", ".join(f"{op} {how}" for op, how in dispatch.describe().items())
         self.monitor.say(
-            f"backbone   {host.folder.name}: {host.family}, {host.kind}, {config.backbone.dtype}, "
+            f"backbone   {host.folder.name}{drawn}: {host.family}, {host.kind}, {config.backbone.dtype}, "
             f"{host.num_parameters:,} {'tuned' if host.trained else 'frozen'} parameters\n"
             f"layout     {world} rank{'s' if world > 1 else ''} ({self.topology.launcher}) = {host.grid.replicas} "
             f"replicas x {host.grid.shards} tensor parallel, ZeRO {host.zero_stage}{extras}, {host.device.type}, "
@@ -346,7 +350,7 @@ def _load(prepared: PreparedRun, grid: ProcessGrid, topology: Topology, tuned: b
 
 def _check_files(prepared: PreparedRun, directory: RunDirectory) -> None:
     """Before weights are read: are they whole, and those that the run directory knows?"""
-    folder = prepared.backbone.folder
-    if prepared.config.backbone.verify:
+    folder, settings = prepared.backbone.folder, prepared.config.backbone
+    if settings.verify and settings.random_weights is None:
         verify_checksums(folder)
-    directory.check_backbone(rows_checksum(folder))
+    directory.check_backbone(rows_checksum(folder, settings.random_weights))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megaptune.backbone.deep_prompts import DeepPrompts
 from megaptune.batches import EpochPlan, Member
 from megaptune.config import Config
 from megaptune.examples import EncodedTask, Example, PreparedTask, Variant
@@ -70,7 +71,8 @@ class Job:
 
 @dataclass(eq=False)
 class Training:
-    """A job in training: its prompt, the batches that await it, its early stopping."""
+    """A job in training: its prompt, the batches that await it, its early stopping; ``virtual_tokens`` of its deep
+    prompt, 0 for none."""
 
     job: Job
     plan: EpochPlan
@@ -78,15 +80,23 @@ class Training:
     selection: Selection
     total_steps: int
     digest: str = field(repr=False)
+    virtual_tokens: int = 0
 
     @classmethod
-    def begin(cls, job: Job, config: Config) -> "Training":
+    def begin(cls, job: Job, config: Config, deep: DeepPrompts | None = None) -> "Training":
+        """:param deep: the shape of the backbone's deep prompts, for a job that trains one."""
         assert job.seed is not None, "a job that trains has a seed"
         train, examples = config.train, job.encoded.train
         plan = EpochPlan(len(examples), train.global_batch, train.drop_last, job.seed)
         per_epoch = plan.steps_per_epoch
-        prompt = Prompt(job.name, job.encoded.rows, job.seed, job.variant.learning_rate, per_epoch, job.encoder)
-        return cls(job, plan, prompt, Selection(train.patience), train.epochs * per_epoch, digest(examples))
+        rows, encoder, virtual_tokens = job.encoded.rows, job.encoder, 0
+        if job.method.deep:
+            assert deep is not None, "preparation refuses other backbones"
+            encoder, virtual_tokens = config.prompt.deep.kind, config.prompt.deep.length
+            rows = virtual_tokens * deep.rows
+        prompt = Prompt(job.name, rows, job.seed, job.variant.learning_rate, per_epoch, encoder)
+        steps = train.epochs * per_epoch
+        return cls(job, plan, prompt, Selection(train.patience), steps, digest(examples), virtual_tokens)
 
     @property
     def name(self) -> str:
@@ -109,9 +119,10 @@ class Training:
     def finished(self) -> bool:
         return self.step >= self.total_steps or self.selection.exhausted
 
-    def members(self, examples: Sequence[Example | OptionExample]) -> list[Member]:
-        """Examples as this job's."""
-        return [Member(example, self.prompt.first_row, self.job.number) for example in examples]
+    def members(self, examples: Sequence[Example | OptionExample], first_row: int | None = None) -> list[Member]:
+        """Examples as this job's; ``first_row`` in a table that is not the bank's."""
+        row = self.prompt.first_row if first_row is None else first_row
+        return [Member(example, row, self.job.number, self.virtual_tokens) for example in examples]
 
     def batch(self) -> list[Member]:
         """The examples of the coming step."""

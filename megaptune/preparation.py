@@ -1,13 +1,15 @@
 """Everything that can go wrong before weights are read: configuration, data, templates, tokenizer, backbone folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megaptune.backbone.architectures import FAMILIES
 from megaptune.backbone.description import BackboneDescription, describe_backbone, load_tokenizer
 from megaptune.backbone.embedded import embedded_folder, is_embedded
-from megaptune.config import Config, CustomTask, LamaTask
+from megaptune.config import Config, LamaTask, SuperGlueTask
+from megaptune.errors import BackboneError
 from megaptune.examples import PreparedTask, prepare_task
 from megaptune.prompts.tokens import TokenForms
 from megaptune.run.monitor import Monitor
@@ -47,7 +49,12 @@ def prepare_run(config: Config, monitor: Monitor) -> PreparedRun:
     if absent:
         monitor.warn(f"task.tasks: all leaves out {', '.join(absent)}: no such folder in task.root")
     folder = embedded_folder(monitor.say) if is_embedded(path) else Path(path)
-    backbone = describe_backbone(folder, config.backbone.kind)
+    backbone = describe_backbone(folder, config.backbone.kind, config.backbone.random_weights)
+    if config.deep and backbone.family not in FAMILIES:
+        raise BackboneError(
+            f"{folder}: deep_ptuning puts keys and values into the attention of {', '.join(FAMILIES)}; the backbone is "
+            f"{backbone.family!r}: leave the method out, or choose another backbone"
+        )
     tokenizer = load_tokenizer(folder)
     return PreparedRun(config, backbone, tokenizer, encode_tasks(config, tasks, tokenizer, backbone))
 
@@ -66,9 +73,10 @@ def encode_tasks(
 
 def load_tasks(config: Config) -> Sequence[TaskData | SuperGlueData]:
     """Every relation or SuperGLUE task (or the one custom task) that the configuration asks for."""
-    words = read_word_list(config.task.word_list) if config.task.word_list else None
-    if isinstance(config.task, LamaTask):
-        return load_lama(config.task, words)
-    if isinstance(config.task, CustomTask):
-        return [load_custom(config.task, words)]
-    return load_superglue(config)
+    if isinstance(config.task, SuperGlueTask):
+        return load_superglue(config)
+    task = config.task
+    words = read_word_list(task.word_list) if task.word_list else None
+    lists = {name: read_word_list(path, f"task.word_lists.{name}") for name, path in task.word_lists.items()}
+    found = load_lama(task, words, config.prompt_sets) if isinstance(task, LamaTask) else [load_custom(task, words)]
+    return [replace(data, word_lists=lists) for data in found]

@@ -45,7 +45,10 @@ class Scorer:
         self.keys = torch.cat(keys) if keys else None
 
     def __call__(self, features: Tensor, answers: Tensor, jobs: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """features [B, D], answers [B] ids, jobs [B] -> loss [B] fp32, rank [B] (0: a hit at 1), prediction [B] ids."""
+        """features [B, D], answers [B] ids, jobs [B] -> loss [B] fp32, rank [B] (0: a hit at 1), prediction [B] ids.
+
+        The rank of an answer that is no candidate is -1, and its loss means nothing.
+        """
         sets = self._sets(answers, jobs)
         wanted = features.requires_grad and torch.is_grad_enabled()
         if self.only_candidates:
@@ -58,6 +61,8 @@ class Scorer:
             loss, rank, prediction, gradient = self._over_all_rows(features.detach(), answers, sets, wanted)
         if wanted:
             loss = _LossWithGradient.apply(features, loss, gradient)
+        if self.keys is not None:
+            rank = torch.where(self._listed(answers, sets), rank, -1)
         return loss, rank, prediction
 
     def losses(self, batch: Batch, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,10 +92,21 @@ class Scorer:
         return self.set_of[jobs]
 
     def _labels(self, answers: Tensor, sets: Tensor) -> Tensor:
-        """Token ids as places among the candidates of their sets."""
+        """Token ids as places among the candidates of their sets; any place for an id that is none of them."""
         if self.keys is None:
             return answers
-        return torch.searchsorted(self.keys, sets * self.host.vocabulary_size + answers) - self.ranges[sets, 0]
+        first, end = self.ranges[sets].unbind(dim=1)
+        return self._places(answers, sets).clamp(first, end - 1) - first
+
+    def _listed(self, answers: Tensor, sets: Tensor) -> Tensor:
+        """Whether ids are candidates of their sets [B]."""
+        assert self.keys is not None
+        places = self._places(answers, sets).clamp(max=len(self.keys) - 1)
+        return self.keys[places] == sets * self.host.vocabulary_size + answers
+
+    def _places(self, answers: Tensor, sets: Tensor) -> Tensor:
+        assert self.keys is not None
+        return torch.searchsorted(self.keys, sets * self.host.vocabulary_size + answers)
 
     def _over_all_rows(
         self, features: Tensor, answers: Tensor, sets: Tensor, wanted: bool
@@ -160,7 +176,8 @@ class _LossWithGradient(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over a split: P@k = share of answers among the k best candidates; MRR = mean of 1 / (rank + 1)."""
+    """Means over a split's ``count`` examples whose answer is a candidate: P@k = share of answers among the k best; MRR
+    = mean of 1 / (rank + 1)."""
 
     loss: float
     p_at_1: float
@@ -171,8 +188,9 @@ class Figures:
 
     @classmethod
     def of(cls, loss: Tensor, rank: Tensor) -> "Figures":
-        """loss [N] and rank [N], rank 0 being the best."""
-        loss, rank = loss.double().cpu(), rank.cpu()
+        """loss [N] and rank [N], rank 0 being the best; examples of rank -1 do not count."""
+        counted = rank.cpu() >= 0
+        loss, rank = loss.double().cpu()[counted], rank.cpu()[counted]
         p1, p5, p10 = (float((rank < k).double().mean()) for k in (1, 5, 10))
         return cls(float(loss.mean()), p1, p5, p10, float((1.0 / (rank.double() + 1)).mean()), len(rank))
 

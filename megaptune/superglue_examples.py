@@ -122,8 +122,6 @@ class PreparedSuperGlue:
 
     def variants(self, method: Method, config: Config) -> list[Variant]:
         """A method's sweep over learning rates and patterns, each of which is a variant's ``template``."""
-        if method.ensemble and not self.ensemble:
-            return []  # left out
         use = USE_OF[method.prompt]
         train = config.train
         rates = config.learning_rates if method.trains_prompt else [0.0]

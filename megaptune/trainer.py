@@ -25,6 +25,7 @@ from megaptune.batches import Member, collate, micro_batches, rounds
 from megaptune.config import Config, Reading
 from megaptune.errors import DivergedError
 from megaptune.evaluation import Outcome, Outcomes, evaluate
+from megaptune.examples import PreparedTask
 from megaptune.jobs import Job, Training
 from megaptune.option_scoring import OptionOutcome, OptionScorer, collate_options, evaluate_options
 from megaptune.prompts.bank import PromptBank
@@ -101,7 +102,8 @@ class StepSums:
 
 
 class Trainer:
-    """Trains jobs, ``jobs.at_once`` of them together; one that is done makes room for the next.
+    """Trains jobs, ``jobs.at_once`` of them together; one that is done makes room for the next. Deep prompts have a
+    trainer of their own: rows of their table have another width.
 
     :param folder: of the checkpoints.
     :param finish: hears of jobs that are done, with a table of their best prompts, in which they stand one after the
@@ -112,7 +114,8 @@ class Trainer:
         self, stage: Stage, jobs: list[Job], folder: Path, finish: Callable[[list[Training], Tensor], None]
     ) -> None:
         self.stage, self.config, self.host, self.finish = stage, stage.config, stage.host, finish
-        self.waiting = [Training.begin(job, self.config) for job in jobs]
+        self.deep = self.host.deep if jobs[0].method.deep else None
+        self.waiting = [Training.begin(job, self.config, self.deep) for job in jobs]
         self.active: list[Training] = []
         self.diverged: dict[str, str] = {}
         self.contexts_folder = folder.with_name("contexts")
@@ -123,7 +126,8 @@ class Trainer:
         ranks, wanted = stage.topology.world_size, self.config.jobs.shard_encoders
         sharded = ranks > 1 and not self.host.trained and (wanted is True or (wanted == "auto" and self.at_once > 1))
         config, device = self.config, self.host.device
-        self.bank = PromptBank(self.host.width, config.prompt, config.train, capacity, device, stage.topology, sharded)
+        width = self.host.width if self.deep is None else self.deep.width
+        self.bank = PromptBank(width, config.prompt, config.train, capacity, device, stage.topology, sharded)
         self.state = TrainingState(stage.topology, self.host, self.bank, folder, config, stage.monitor)
         self.report = TrainingReport(config, stage.monitor, self.host.device)
 
@@ -156,7 +160,9 @@ class Trainer:
         shutil.rmtree(self.contexts_folder, ignore_errors=True)  # every rank: hosts may have folders of their own
 
     def keep_contexts(self) -> None:
-        """Compute what precedes the prompts of all jobs once, for all epochs."""
+        """Compute what precedes the prompts of all jobs once, for all epochs; nothing precedes a deep one."""
+        if self.deep is not None:
+            return
         pairs = [
             (example.inputs[0], training.job.number)
             for training in (*self.active, *self.waiting)
@@ -176,7 +182,9 @@ class Trainer:
     def move_up(self) -> None:
         while self.waiting and len(self.active) < self.at_once:
             training = self.waiting.pop(0)
-            self.bank.add(training.prompt)
+            task = training.job.task
+            starts_at = task.deep_words if self.deep is not None and isinstance(task, PreparedTask) else None
+            self.bank.add(training.prompt, None if starts_at is None else self.host.deep_prompt_of(starts_at))
             self.active.append(training)
 
     # -- a step --------------------------------------------------------------------------------------------------
@@ -210,7 +218,8 @@ class Trainer:
         pieces = micro_batches(lengths, range(len(members)), train.micro_batch, by_length, train.micro_tokens)
         for piece in rounds(pieces, grid.replica, grid.replicas):
             mine = [members[index] for index in piece]
-            losses, ranks, weights = self.stage.losses(mine, leaf, members[0])
+            with self.host.dropout(self.dropout_seed(piece)):
+                losses, ranks, weights = self.stage.losses(mine, leaf, members[0])
             where = torch.tensor([place[member.job] for member in mine or members[:1]], device=self.host.device)
             share = weights / torch.tensor(counts, device=self.host.device).clamp(min=1)[where]
             leaf.grad = None
@@ -224,6 +233,13 @@ class Trainer:
                                      float(bool(self.stage.stop)))  # fmt: skip
         loss, hits, examples, tokens = figures[:-1].view(-1, 4).T.tolist()
         return total, StepSums(loss, hits, examples, tokens, float(figures[-1]))
+
+    def dropout_seed(self, piece: list[int]) -> int | None:
+        """Of a micro-batch, which is cut alike on every layout."""
+        if not self.config.train.lm_dropout:
+            return None
+        seed = self.active[0].job.seed or 0
+        return hash((seed, self.step, min(piece, default=0))) % 2**63
 
     def pieces_of_rows(self, pieces: list[list[int]], members: list[Member]) -> list[int]:
         """In how many micro-batches each row of the table occurs."""

@@ -18,6 +18,7 @@ from .timing import Spread, Turn, seconds, speedup, take_turns, timed
 from .ways import Megaptune, Released, Way
 
 TOLERANCE = 1e-4  # of the loss, and of the gradient's largest entry: fp32, and other orders of sums
+BANK_TOLERANCE = 5e-4  # at freshly drawn LSTM prompts eager fp32 is itself 1.5e-4 away from fp64
 PREPARATIONS = 3  # of which the median counts
 ONE_BY_ONE = "one by one"
 
@@ -221,7 +222,7 @@ def compare_banks(
     expected = first.gradients(batches[0])
     errors = {way.name: _relative(way.gradients(batches[0]), expected) for way in others}
     for name, error in errors.items():
-        _require(name, gradient=error)
+        _require(name, BANK_TOLERANCE, gradient=error)
     comparison = Comparison(scenario, data, batches, ways, lambda way, members: way.step(members))
     rows = comparison.run(rounds, say)
     for row in rows:
@@ -246,7 +247,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def _require(name: str, **errors: float) -> None:
-    if not max(errors.values()) <= TOLERANCE:
+def _require(name: str, tolerance: float = TOLERANCE, **errors: float) -> None:
+    if not max(errors.values()) <= tolerance:
         shown = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
-        raise SystemExit(f"{name} differs from the plain statement by more than {TOLERANCE:.0e}: {shown}")
+        raise SystemExit(f"{name} differs from the plain statement by more than {tolerance:.0e}: {shown}")

@@ -18,7 +18,8 @@ Kind = Literal["causal", "masked"]
 @dataclass(frozen=True)
 class BackboneDescription:
     """kind: causal or masked; max_tokens: the context length; num_bytes: of the weight files; largest_tensor: elements
-    of the largest parameter; unused_ids: ranges of ids that are no tokens (a converted checkpoint's filler rows)."""
+    of the largest parameter; unused_ids: ranges of ids that are no tokens (a converted checkpoint's filler rows);
+    random_seed: draw the weights from it instead of reading them."""
 
     folder: Path
     family: str
@@ -27,9 +28,12 @@ class BackboneDescription:
     num_bytes: int
     largest_tensor: int
     unused_ids: list[list[int]]
+    random_seed: int | None = None
 
 
-def describe_backbone(folder: Path, kind: Literal["auto", "causal", "masked"]) -> BackboneDescription:
+def describe_backbone(
+    folder: Path, kind: Literal["auto", "causal", "masked"], random_seed: int | None = None
+) -> BackboneDescription:
     """:raises BackboneError: no such folder, no or damaged weight files, an unsupported architecture."""
     num_bytes = check_headers(folder)
     config = read_config(folder)
@@ -42,6 +46,7 @@ def describe_backbone(folder: Path, kind: Literal["auto", "causal", "masked"]) -
         num_bytes,
         largest,
         getattr(config, "unused_token_ids", None) or [],
+        random_seed,
     )
 
 

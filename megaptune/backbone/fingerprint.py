@@ -56,9 +56,13 @@ class Fingerprint:
             )
 
 
-def rows_checksum(folder: Path) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and four of its rows; it does not depend on the cut into files."""
+def rows_checksum(folder: Path, random_seed: int | None = None) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and four of its rows; it does not depend on the cut into files.
+
+    :param random_seed: what weights are drawn from, where the files' own are not read; it counts too.
+    """
     reader, whole = CheckpointReader(folder), hashlib.sha256()
+    whole.update(b"" if random_seed is None else f"drawn from {random_seed};".encode())
     for name in sorted(reader.entries):
         entry = reader.entries[name]
         whole.update(f"{name} {entry.dtype} {list(entry.shape)};".encode())

@@ -7,6 +7,8 @@ that is checked on a probe input, so a family with another read-out is refused i
 B examples, T tokens, R table rows, D backbone width, V vocabulary.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megaptune.backbone.architectures import FAMILIES, blocks_of, divisible, vocabulary_range
 from megaptune.backbone.compiled import compile_blocks, require_compilable
 from megaptune.backbone.context_cache import ContextCache, worth_keeping
+from megaptune.backbone.deep_prompts import DeepPrompts
 from megaptune.backbone.description import BackboneDescription
 from megaptune.backbone.engine import start_engine, zero_init
 from megaptune.backbone.fingerprint import Fingerprint, probe_ids, rows_checksum
@@ -24,7 +27,7 @@ from megaptune.backbone.frozen_linear import keep_no_inputs
 from megaptune.backbone.inputs import Inputs, Packed, Padded, Positions, pack, pad
 from megaptune.backbone.loading import DTYPES, load_divided
 from megaptune.backbone.output_rows import OutputEmbedding, OutputRows
-from megaptune.backbone.packed_attention import Reading, cut_last_block, no_mask, read_packed
+from megaptune.backbone.packed_attention import BlockForward, Reading, cut_last_block, no_mask, read_packed
 from megaptune.backbone.tensor_parallel import splice
 from megaptune.backbone.weights import FrozenWeights, Weights
 from megaptune.backbone.whole_model import load_whole
@@ -56,9 +59,11 @@ class PromptedBackbone(nn.Module):
         self.grid, self.first_id = grid, first_id
         self.reading: Reading | None = None
         self.first_position = 0
+        self.deep: DeepPrompts | None = None
         family = FAMILIES.get(model.config.model_type)
         if family is not None:
             self.reading = read_packed(model, family)
+            self.deep = DeepPrompts.of(model.config)
             self.first_position = model.config.pad_token_id + 1 if family.counts_from_padding else 0
 
     def forward(
@@ -72,13 +77,19 @@ class PromptedBackbone(nn.Module):
         """inputs, table [R, D] fp32 -> features [B, D], or one for every position that is read; of a padded batch
         ``everywhere`` [B, T, D], if wanted.
 
+        :param table: of a batch with deep prompts their rows instead [R, k * E].
         :param kept: keys and values of a packed batch's contexts [L, 2, S, heads, P, head width].
         :param record: return keys and values of a packed batch's tokens instead [L, 2, heads, N, head width].
         """
+        deep = None
+        if isinstance(inputs, Packed) and inputs.prompts is not None:
+            assert self.deep is not None, "packed batches are for families of the table"
+            deep = self.deep.by_layer(table, inputs.prefix_length, self.grid)
+            table = table.new_zeros(0, self.vocabulary.shape[-1])
         embeds = self.embed(inputs.slots, table)
         if isinstance(inputs, Packed):
             recorded: list[Tensor] | None = [] if record else None
-            features = self.read_packed(embeds, inputs, kept, recorded)
+            features = self.read_packed(embeds, inputs, kept, recorded, deep)
             return features if recorded is None else torch.stack(recorded)
         return self.read(embeds, inputs.attention_mask, None if everywhere else inputs.answer_positions, inputs.rows)
 
@@ -100,11 +111,16 @@ class PromptedBackbone(nn.Module):
         return hidden if self.readout is None else self.readout(hidden)
 
     def read_packed(
-        self, embeds: Tensor, packed: Packed, kept: Tensor | None = None, record: list[Tensor] | None = None
+        self,
+        embeds: Tensor,
+        packed: Packed,
+        kept: Tensor | None = None,
+        record: list[Tensor] | None = None,
+        deep: list[Tensor] | None = None,
     ) -> Tensor:
         """embeds [1, N, D] -> features [B, D]."""
         assert self.reading is not None, "packed batches are for families of the table"
-        self.reading.begin(packed, kept, record)
+        self.reading.begin(packed, kept, record, deep)
         output = self.body(
             inputs_embeds=embeds,
             attention_mask=no_mask(embeds),
@@ -174,7 +190,11 @@ class BackboneHost:
         if self.family in FAMILIES:
             init = zero_init(config, grid, DTYPES[dtype], self.trained) if self.zero_stage == 3 else None
             model, self.load_report = load_divided(
-                self.folder, self.kind, dtype, grid, device, init, trainable=self.trained
+                self.folder, self.kind, dtype, grid, device, init, self.trained, description.random_seed
+            )
+        elif description.random_seed is not None:
+            raise BackboneError(
+                f"backbone.random_weights is not available for {self.family!r}, only for {', '.join(FAMILIES)}"
             )
         else:
             model, self.load_report, probe = load_whole(self.folder, self.kind, dtype, device)
@@ -201,7 +221,8 @@ class BackboneHost:
         )
         if probe is not None:
             self._check_probe(*probe)
-        rows = agree(rows_checksum(self.folder) if grid.replica == grid.shard == 0 else None)
+        first = grid.replica == grid.shard == 0
+        rows = agree(rows_checksum(self.folder, description.random_seed) if first else None)
         self.fingerprint = Fingerprint(rows, probe_scores(self), dtype)
         self.contexts: ContextCache | None = None
 
@@ -214,20 +235,62 @@ class BackboneHost:
     def start_engine(self, config: dict[str, Any]) -> Any:
         return start_engine(self.module, config, self.grid)
 
+    @contextlib.contextmanager
+    def dropout(self, seed: int | None) -> Iterator[None]:
+        """The model's own dropout at work within, with masks from ``seed``; None: none, as everywhere else."""
+        if seed is None:
+            yield
+            return
+        assert not self.packs, "the configuration's rules"
+        self.module.train()
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            try:
+                yield
+            finally:
+                self.module.eval()
+
     @property
     def packs(self) -> bool:
         """Whether a saving asks for packed batches, which are read at the answers alone, and the family takes them."""
         return self.speed.packs and self.family in FAMILIES
 
+    @property
+    def deep(self) -> DeepPrompts | None:
+        """The shape of deep prompts; None where attention is not ours to put them into."""
+        return self.module.deep
+
     def lay_out(
-        self, slots: list[list[int]], answers: Positions, groups: list[int], pad_id: int, keeps: bool = True
+        self,
+        slots: list[list[int]],
+        answers: Positions,
+        groups: list[int],
+        pad_id: int,
+        keeps: bool = True,
+        first_rows: list[int] | None = None,
+        virtual_tokens: int = 0,
     ) -> Inputs:
         """Examples as this host reads them: packed where a saving asks for it and the family is known.
 
         :param answers: each example's answer positions. :param groups: as in :func:`pack`.
         :param keeps: whether kept contexts are used, instead of leads that the batch shares.
+        :param virtual_tokens: of the examples' deep prompts, if these have such, whose first rows in the table are
+            ``first_rows``. They are always packed, and share no leading tokens.
         """
         masked, speed = self.kind == "masked", self.speed
+        if virtual_tokens:
+            assert self.deep is not None, "preparation refuses other families"
+            assert first_rows is not None
+            return pack(
+                slots,
+                answers,
+                groups,
+                masked=masked,
+                device=self.device,
+                pad_id=None if speed.packing else pad_id,
+                prompts=[row // (virtual_tokens * self.deep.rows) for row in first_rows],
+                virtual_tokens=virtual_tokens,
+            )
         if not self.packs:
             return pad(slots, answers, pad_id, masked, self.device)
         return pack(
@@ -243,7 +306,8 @@ class BackboneHost:
 
     def features(self, inputs: Inputs, table: Tensor, everywhere: bool = False) -> Tensor:
         """Features [B, D] that score the answers (one for every position that is read, in the order of the examples),
-        or of a padded batch those of all positions [B, T, D]; differentiable in ``table`` [R, D] (fp32) only."""
+        or of a padded batch those of all positions [B, T, D]; differentiable in ``table`` [R, D] (fp32) only; with deep
+        prompts that is [R, k * E]."""
         kept = None
         if isinstance(inputs, Packed) and inputs.contexts is not None and self.contexts is not None:
             kept = self.contexts.gather(inputs.contexts)
@@ -269,6 +333,13 @@ class BackboneHost:
         """Of every token of a packed batch [L, 2, heads, N, head width]."""
         table = torch.zeros(0, self.width, device=self.device)
         return self.engine.module(packed, table, record=True)
+
+    def deep_prompt_of(self, ids: list[int]) -> Tensor:
+        """What the model itself makes of tokens, as rows of a deep prompt [P * 2 L, k * E] fp32; collective."""
+        assert self.deep is not None, "preparation refuses other families"
+        masked = self.kind == "masked"
+        packed = pack([ids], [len(ids) - 1], [0], masked=masked, device=self.device)
+        return self.deep.rows_of(self._keys_and_values(packed), self.grid)
 
     def output_rows(self, ids: Tensor | None = None) -> OutputRows:
         """This rank's rows of the output embedding for the candidates ``ids``; of the whole vocabulary for None."""
@@ -344,11 +415,19 @@ def checkpoint_activations(model: Any, family: str) -> None:
 
 def _recomputed(forward: Any) -> Any:
     def run(hidden_states: Tensor, *inputs: Any, **named: Any) -> Any:
-        def block(hidden: Tensor) -> Any:
+        deep = forward.reading.deep if isinstance(forward, BlockForward) else None
+        prompts = None if deep is None else deep[forward.number]
+
+        def block(hidden: Tensor, prompts: Tensor | None) -> Any:
+            if (
+                deep is not None and prompts is not None
+            ):  # what the block reads must be its input, or its gradient would pass by
+                deep[forward.number] = prompts
             return forward(hidden, *inputs, **named)
 
-        if not (torch.is_grad_enabled() and hidden_states.requires_grad):
-            return block(hidden_states)
-        return checkpoint(block, hidden_states, use_reentrant=True, preserve_rng_state=False)
+        wanted = hidden_states.requires_grad or (prompts is not None and prompts.requires_grad)
+        if not (torch.is_grad_enabled() and wanted):
+            return block(hidden_states, prompts)
+        return checkpoint(block, hidden_states, prompts, use_reentrant=True, preserve_rng_state=False)
 
     return run

@@ -4,6 +4,8 @@ A packed batch is a row of N tokens, cut into S *sequences*. A sequence may have
 tokens see before their own: either another sequence of the batch (the leading tokens that several examples share, the
 prompt's among them, computed once) or a *context* (tokens before an example's first pseudo token, whose keys and
 values never change; they are kept). Only for causal models, where what comes first sees nothing of what follows.
+A third kind of prefix is for both: a *deep prompt*, virtual tokens whose keys and values are trained; every sequence of
+the batch has one, and no other prefix.
 
 An example is read at one position or at several; features come out in the order of the examples and their positions.
 
@@ -37,7 +39,8 @@ class Packed:
 
     places [S * Q]: the packed token of every place of the sequences laid side by side (padding reads any token);
     order [N]: the reverse; visible [S, Q, P + Q] bool: what a query sees of prefix and own tokens; leads [S] int64: the
-    sequence that is each one's prefix, or None without shared leads; contexts: each sequence's context, or None.
+    sequence that is each one's prefix, or None without shared leads; contexts: each sequence's context, or None;
+    prompts [S] int64: each sequence's deep prompt, counted in the table, or None.
     """
 
     slots: Tensor
@@ -48,6 +51,7 @@ class Packed:
     visible: Tensor
     leads: Tensor | None
     contexts: list[tuple[int, ...]] | None
+    prompts: Tensor | None = None
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @property
@@ -96,20 +100,24 @@ def pack(
     contexts: Sequence[int] | None = None,
     share_leads: bool = False,
     pad_id: int | None = None,
+    prompts: Sequence[int] | None = None,
+    virtual_tokens: int = 0,
 ) -> Packed:
     """Lay the examples' tokens one after the other; sequences that are shared prefixes come first.
 
     :param groups: examples of the same group may share leading tokens, where no contexts are kept.
     :param contexts: how many of each example's first tokens are kept and not computed; 0 for none.
     :param pad_id: fill every example up to the longest with this id: packed in form only.
+    :param prompts: each example's deep prompt of ``virtual_tokens``; the only prefix in the batch.
     """
     reads = _in_lists(answers)
     kept = list(contexts) if contexts is not None else [0] * len(slots)
-    share_leads = share_leads and not any(kept)  # one kind of prefix in a batch
+    share_leads = share_leads and not any(kept) and prompts is None  # one kind of prefix in a batch
+    assert prompts is None or not any(kept)
     leads, lead_of = _shared_leads(slots, reads, groups) if share_leads else ([], [-1] * len(slots))
     begins = [len(leads[lead]) if lead >= 0 else kept[b] for b, lead in enumerate(lead_of)]
     own = [*leads, *(tokens[begin:] for tokens, begin in zip(slots, begins, strict=True))]
-    starts = [0] * len(leads) + begins
+    starts = [0] * len(leads) + [virtual_tokens + begin for begin in begins]
     lengths = [len(tokens) for tokens in own]
     first = len(leads)
     if pad_id is not None:
@@ -131,6 +139,7 @@ def pack(
         visible=_visible(lengths, starts, queries, masked).to(device),
         leads=tensor([0] * first + [max(lead, 0) for lead in lead_of]) if leads else None,
         contexts=[()] * first + [tuple(t[:c]) for t, c in zip(slots, kept, strict=True)] if any(kept) else None,
+        prompts=None if prompts is None else tensor(list(prompts)),
     )
 
 

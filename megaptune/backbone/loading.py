@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from megaptune.backbone.architectures import FAMILIES, Family, Shard, is_unread, shard_plan
 from megaptune.backbone.checkpoint_reader import CheckpointReader
+from megaptune.backbone.random_weights import open_weights
 from megaptune.backbone.tensor_parallel import divide
 from megaptune.errors import BackboneError, first_line
 from megaptune.run.grid import ProcessGrid
@@ -93,16 +94,18 @@ def load_divided(
     device: torch.device,
     zero_init: Any = None,
     trainable: bool = False,
+    random_seed: int | None = None,
 ) -> tuple[Any, LoadReport]:
     """The model with this rank's weights.
 
     :param zero_init: DeepSpeed's ``zero.Init``; every parameter is handed to it as soon as it is read.
     :param trainable: weights are written to later, so none may be a view of a file.
+    :param random_seed: draw the weights from it instead of reading them.
     :raises BackboneError: tensors that are missing, left over or of another shape; heads that do not divide.
     """
     model, config = build_on_meta(folder, kind, dtype)
     family = FAMILIES[config.model_type]
-    reader = CheckpointReader(folder)
+    reader = open_weights(folder, random_seed)
     sources = match_names(model, reader, family)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     embedding_shape = tuple(model.get_input_embeddings().weight.shape)

@@ -5,7 +5,7 @@ puts each sequence's prefix before its own keys, and attends. All other layers o
 tokens of one example, none of them padding.
 
 S sequences, Q tokens of the longest, P of the longest prefix, N packed tokens, K query heads, k key-value heads, E head
-width, L layers.
+width, L layers, J deep prompts in the table.
 """
 
 from typing import Any
@@ -27,24 +27,36 @@ class Reading:
     """What is being read at the moment: None for a padded batch. It stays until the next forward, because blocks may
     be computed again in backward.
 
-    kept: keys and values of the sequences' contexts [L, 2, S, k, P, E]; record: where each layer's keys and values go.
+    kept: keys and values of the sequences' contexts [L, 2, S, k, P, E]; record: where each layer's keys and values go;
+    deep: keys and values of the table's deep prompts, L x [J, 2, k, P, E] fp32, of which the batch says which sequence
+    reads which.
     """
 
     def __init__(self) -> None:
         self.packed: Packed | None = None
         self.kept: Tensor | None = None
         self.record: list[Tensor] | None = None
+        self.deep: list[Tensor] | None = None
         # For the block that runs: of its contexts [2, S, k, P, E]; what its queries see, as attention takes it.
         self.context: Tensor | None = None
         self.mask: Tensor | None = None
 
-    def begin(self, packed: Packed | None, kept: Tensor | None = None, record: list[Tensor] | None = None) -> None:
-        self.packed, self.kept, self.record = packed, kept, record
+    def begin(
+        self,
+        packed: Packed | None,
+        kept: Tensor | None = None,
+        record: list[Tensor] | None = None,
+        deep: list[Tensor] | None = None,
+    ) -> None:
+        self.packed, self.kept, self.record, self.deep = packed, kept, record, deep
 
     def enter(self, block: int, repeats: int, dtype: torch.dtype) -> None:
         """Lay out for a block what tracing could not tell apart from a constant."""
         if self.packed is not None:
             self.context = None if self.kept is None else self.kept[block].to(dtype)
+            if self.deep is not None:  # gathered in fp32, in which the sequences' gradients are then summed
+                found = _Prefixes.apply(self.deep[block], self.packed.prompts)
+                self.context = found.transpose(0, 1).to(dtype)
             self.mask = self.packed.additive_mask(repeats, dtype)
 
 
@@ -127,7 +139,7 @@ def _behind_context(
     """Attention to a context's keys and values [2, S, k, P, E], then to own ones [S, k, Q, E].
 
     On a GPU by torch's fused attention, which holds no weights. A CPU is faster with the products themselves: contexts
-    are long, are read where they lie, and their gradients, which nobody wants, are not computed.
+    are long, are read where they lie, and their gradients, wanted of deep prompts alone, are not computed otherwise.
     """
     if context.is_cuda:
         keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)

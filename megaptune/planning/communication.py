@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megaptune.backbone.zero_config import REUSE_ELEMENTS
 from megaptune.planning.layout import Layout
-from megaptune.planning.workload import Shapes, Tensor, Workload
+from megaptune.planning.workload import Shapes, Tensor, Workload, prompt_size
 
 JOB_FIGURES = 4  # loss, hits, examples, tokens; and a flag for all: fp64, gathered with the rows' largest gradients
 
@@ -83,10 +83,11 @@ def _zero_3(tensors: tuple[Tensor, ...], passes: float, layout: Layout) -> float
 
 def _table(shapes: Shapes, work: Workload, world_size: int) -> float:
     """The gradient of the prompt table as int32, as many bytes as fp32; before it the figures and row scales."""
-    rows = work.jobs * work.prompt_rows
+    prompt = prompt_size(work, shapes)
+    rows = work.jobs * prompt.rows
     figures = world_size * (JOB_FIGURES * work.jobs + 1 + rows) * 8
     tables = 2 if work.is_sharded(world_size) else 1  # owners' rows reach all ranks before the step
-    return tables * reduced(rows * shapes.width * 4, world_size) + gathered(figures, world_size)
+    return tables * reduced(rows * prompt.width * 4, world_size) + gathered(figures, world_size)
 
 
 def _tuned_lm(tensors: tuple[Tensor, ...], layout: Layout) -> float:

@@ -110,7 +110,7 @@ def _tasks(config: Config, source: Source, shapes: Shapes, monitor: Monitor) -> 
     longest = max(estimated_tokens(template, record) for d in facts for found in d.splits.values() for record in found)
     if longest > source.max_tokens:
         raise BackboneError(f"an input of about {longest} tokens exceeds the context of {source.max_tokens}")
-    words = max(len(d.word_list or []) for d in facts)
+    words = max(len(words) for d in facts for words in (d.word_list or [], *d.word_lists.values()))
     return tasks, Workload.assumed(config, source.kind, longest, "estimated: no tokenizer here", words)
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from megaptune.backbone.zero_config import PREFETCHED_ELEMENTS, REUSE_ELEMENTS, tuned_stage
 from megaptune.planning.layout import Layout, Machines
-from megaptune.planning.workload import Shapes, Tensor, Workload, encoder_elements, largest_module
+from megaptune.planning.workload import Shapes, Tensor, Workload, largest_module, prompt_size
 from megaptune.prompts.encoder_stack import CHUNK
 
 # Estimates: CUDA's context, the libraries' workspaces and NCCL's buffers; Python with torch and DeepSpeed.
@@ -74,7 +74,7 @@ def memory_of(shapes: Shapes, work: Workload, layout: Layout, machines: Machines
     if machines.device == "cpu":
         return Memory({**device, **host}, {}, peak)
     host["kept contexts"] = on_host
-    best = owned(work, layout) * 4 * encoder_elements(work.encoder, work.prompt_rows, shapes.width)
+    best = owned(work, layout) * 4 * prompt_size(work, shapes).parameters
     return Memory(device, {**host, "best prompt": best, "process": PROCESS_BYTES}, peak)
 
 
@@ -118,11 +118,13 @@ def _phase(
         read = vocabulary if count is None else min(count, vocabulary)
     rows = sum(min(count, vocabulary) for count in work.candidates.values() if count is not None)
     sets = sum(count is not None for count in work.candidates.values())
+    deep = 0 if work.deep is None else examples * work.deep.length * shapes.context_token_bytes(layout.tensor_parallel)
     upcast = min(read, UPCAST_ROWS) * shapes.width * 4 if shapes.itemsize < 4 else 0
     return {
         "gathered layers": gathered_bytes(shapes, work, layout, tensors),
         "saved activations": traced.saved_bytes,
         "working tensors": traced.working_bytes,
+        **({"deep prompts": deep} if deep else {}),  # before the keys and values of every example
         "logits": LOGIT_TENSORS * 4 * examples * read + upcast,
         # a copy of each set's rows, and where each token stands in it
         "candidate rows": rows * (shapes.width * shapes.itemsize + 16) + sets * 8 * shapes.vocabulary_size,
@@ -149,7 +151,7 @@ def gathered_bytes(shapes: Shapes, work: Workload, layout: Layout, tensors: tupl
 def _prompt(shapes: Shapes, work: Workload, layout: Layout, on_cpu: bool) -> dict[str, int]:
     """Encoders are fp32 and stay outside DeepSpeed: of the jobs that train together, those that the rank owns, with
     their moments; gradients are there for a chunk of them, and the best epochs' weights lie in host memory."""
-    size = 4 * encoder_elements(work.encoder, work.prompt_rows, shapes.width)
+    size = 4 * prompt_size(work, shapes).parameters
     held = owned(work, layout)
     chunk = min(held, CHUNK["cpu" if on_cpu else "cuda"])
     moments = 2 * size if work.optimizer == "adam" else 0

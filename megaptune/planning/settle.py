@@ -20,7 +20,8 @@ def settle_layout(run: PreparedRun, topology: Topology, monitor: Monitor) -> Pre
 
     def settled() -> ParallelConfig:
         machines = this_machine(topology.world_size, topology.local_world_size, topology.device.type == "cuda")
-        shapes = Shapes(run.backbone.folder, run.backbone.kind, run.config.backbone.dtype)
+        drawn = run.backbone.random_seed is not None
+        shapes = Shapes(run.backbone.folder, run.backbone.kind, run.config.backbone.dtype, drawn)
         return settle(run.config, shapes, Workload.prepared(run), machines, monitor)
 
     parallel = on_main(topology, settled)

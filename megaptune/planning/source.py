@@ -27,7 +27,7 @@ class Source:
     weights: bool
 
     def shapes(self, config: Config) -> Shapes:
-        return Shapes(self.folder, self.kind, config.backbone.dtype)
+        return Shapes(self.folder, self.kind, config.backbone.dtype, config.backbone.random_weights is not None)
 
     def description(self, shapes: Shapes) -> BackboneDescription:
         """As :func:`megaptune.backbone.description.describe_backbone`, without files of weights."""

@@ -4,16 +4,17 @@ import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megaptune.backbone.architectures import FAMILIES, shard_plan
 from megaptune.backbone.context_cache import worth_keeping
+from megaptune.backbone.deep_prompts import DeepPrompts
 from megaptune.backbone.description import Kind, read_config
 from megaptune.backbone.loading import build_on_meta
-from megaptune.config import Config, Reading
+from megaptune.config import Config, DeepConfig, Reading
 from megaptune.methods import METHODS
 from megaptune.planning.activations import Activations, trace
 from megaptune.preparation import PreparedRun
@@ -33,7 +34,8 @@ class Workload:
     vocabulary; basis: where lengths and counts are from, for the reader. jobs: prompts that
     train together, whose ``global_batch`` is that of all of them; sharded: whether ranks own them in turn, None for
     several ranks and jobs. context_tokens, longest_context: of what precedes the prompts of training and dev inputs,
-    whose keys and values are kept in at most device_contexts + host_contexts bytes."""
+    whose keys and values are kept in at most device_contexts + host_contexts bytes. deep: of deep prompts, if some are
+    trained."""
 
     global_batch: int
     micro_batch: int
@@ -53,6 +55,7 @@ class Workload:
     longest_context: int = 0
     device_contexts: int = 0
     host_contexts: int = 0
+    deep: DeepConfig | None = None
 
     @property
     def pieces(self) -> int:
@@ -68,6 +71,7 @@ class Workload:
     def assumed(cls, config: Config, kind: Kind, tokens: int, basis: str, words: int = 0) -> "Workload":
         """Without the data: inputs of ``tokens`` tokens, ``words`` single-token words in the word list."""
         counts: dict[Reading, int | None] = {"answers": 500, "word_list": words, "vocabulary": None}
+        counts |= dict.fromkeys(getattr(config.task, "word_lists", ()), words)
         if isinstance(config.task, SuperGlueTask):
             patterns = [pattern for name in config.tasks for pattern in config.patterns[name].ptuning.values()]
             texts = [pattern.text for pattern in patterns if kind in pattern.families]
@@ -134,6 +138,7 @@ class Workload:
             evaluation_tokens=evaluated,
             prompt_rows=rows,
             encoder=largest_encoder(config),
+            deep=config.prompt.deep if config.deep else None,
             optimizer=train.optimizer,
             train_over=config.scoring.train_over,
             candidates={reading: count for reading, count in counts.items() if reading in wanted},
@@ -154,12 +159,13 @@ class Tensor:
 
 
 class Shapes:
-    """A backbone's shapes, from its config.json alone."""
+    """A backbone's shapes, from its config.json alone. ``drawn``: its weights are not those of its files."""
 
-    def __init__(self, folder: Path, kind: Kind, dtype: str) -> None:
+    def __init__(self, folder: Path, kind: Kind, dtype: str, drawn: bool = False) -> None:
         self.folder, self.kind, self.dtype = folder, kind, dtype
         stored = str(getattr(read_config(folder), "dtype", None) or "float32").removeprefix("torch.")
-        self.mapped = stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]  # files hold what memory holds
+        # Whether files hold what memory holds.
+        self.mapped = not drawn and stored == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
         self.model, self.config = build_on_meta(folder, kind, dtype)
         self.family: str = self.config.model_type
         embedding = self.model.get_input_embeddings().weight
@@ -168,6 +174,7 @@ class Shapes:
         self.tied = self.model.get_output_embeddings().weight is embedding
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.blocks = len(self._blocks(self.model)) if self.family in FAMILIES else 0
+        self.deep = DeepPrompts.of(self.config) if self.family in FAMILIES else None
         self.buffer_bytes = sum(buffer.numel() * buffer.itemsize for buffer in self.model.buffers())
 
     @lru_cache(maxsize=64)  # noqa: B019  as long as the shapes themselves
@@ -186,12 +193,9 @@ class Shapes:
 
     def context_token_bytes(self, shards: int) -> int:
         """Keys and values of one token on a rank; 0 for a family whose contexts are not kept."""
-        if self.family not in FAMILIES:
+        if self.deep is None:
             return 0
-        heads = self.config.num_attention_heads
-        kv_heads = getattr(self.config, "num_key_value_heads", None) or heads
-        head_width = getattr(self.config, "head_dim", None) or self.width // heads
-        return 2 * self.blocks * max(1, kv_heads // shards) * head_width * self.itemsize
+        return self.deep.rows * max(1, self.deep.kv_heads // shards) * self.deep.head_width * self.itemsize
 
     def output_rows_bytes(self, shards: int) -> int:
         """Of a rank's part of the output embedding."""
@@ -262,16 +266,38 @@ def estimated_tokens(template: Template, record: Record) -> int:
 
 def largest_encoder(config: Config) -> str:
     """The kind with most parameters of those that methods train, or ``none``."""
-    kinds = {METHODS[n].encoder or config.prompt.encoder for n in config.methods if METHODS[n].trains_prompt}
+    kinds = {
+        METHODS[n].encoder or config.prompt.encoder
+        for n in config.methods
+        if METHODS[n].trains_prompt and not METHODS[n].deep
+    }
     return next((kind for kind in ("lstm", "mlp", "table") if kind in kinds), "none")
 
 
-def encoder_elements(name: str, rows: int, width: int) -> int:
+class PromptSize(NamedTuple):
+    """Parameters of a prompt's encoder; its rows in the table and their width."""
+
+    parameters: int
+    rows: int
+    width: int
+
+
+def prompt_size(work: Workload, shapes: Shapes) -> PromptSize:
+    """Of the largest prompt."""
+    parameters = encoder_elements(work.encoder, work.prompt_rows, shapes.width)
+    sizes = [PromptSize(parameters, work.prompt_rows, shapes.width)]
+    if work.deep is not None and shapes.deep is not None:
+        rows, width = work.deep.length * shapes.deep.rows, shapes.deep.width
+        sizes.append(PromptSize(encoder_elements(work.deep.kind, rows, width, work.deep), rows, width))
+    return max(sizes)
+
+
+def encoder_elements(name: str, rows: int, width: int, deep: DeepConfig | None = None) -> int:
     """Parameters of a prompt encoder; of ``none``, no one."""
     if name == "none":
         return 0
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_encoder(name, rows, width, 0.0, 0).parameters())
+        return sum(parameter.numel() for parameter in build_encoder(name, rows, width, 0.0, 0, deep).parameters())
 
 
 def largest_module(tensors: tuple[Tensor, ...]) -> int:

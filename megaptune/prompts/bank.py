@@ -3,7 +3,7 @@
 With several ranks the bank may be sharded: every rank owns some prompts (weights, optimizer state, best epoch),
 computes their rows, and all have the table. The gradient of the table is the same on all ranks, so owners step alone.
 
-R table rows of all prompts, D backbone width.
+R table rows of all prompts, D their width: the backbone's, or of deep prompts that of a layer's keys.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class Prompt:
 
 
 class PromptBank:
-    """:param capacity: how many prompts of each shape may train at once."""
+    """:param width: of the table's rows. :param capacity: how many prompts of each shape may train at once."""
 
     def __init__(
         self,
@@ -75,15 +75,18 @@ class PromptBank:
         self.members: dict[Shape, list[Prompt]] = {}
         self.prompts: list[Prompt] = []
 
-    def add(self, prompt: Prompt) -> None:
-        """Take in a prompt at its start; with a sharded bank it goes to the rank with the fewest rows."""
+    def add(self, prompt: Prompt, start: Tensor | None = None) -> None:
+        """Take in a prompt at its start; with a sharded bank it goes to the rank with the fewest rows.
+
+        :param start: rows [R, D] that a table starts at, beside what its seed draws.
+        """
         if self.sharded:
             load = [sum(p.rows for p in self.prompts if p.owner == r) for r in range(self.topology.world_size)]
             prompt.owner = load.index(min(load))
         self.prompts.append(prompt)
         if self.holds(prompt):
             stack = self._stack(prompt)
-            prompt.place = stack.add(prompt.seed)
+            prompt.place = stack.add(prompt.seed, start)
             self.members[prompt.shape].append(prompt)
             self.keep_best(prompt)
         self._number()

@@ -1,10 +1,13 @@
 """Prompt encoders: a handful of trained parameters become the rows of the prompt table.
 
-All are fp32 and take no input: a prompt is the same for every example. R rows, D backbone width.
+All are fp32 and take no input: a prompt is the same for every example. R rows, D their width: the backbone's, or that
+of a layer's keys for deep prompts.
 """
 
 import torch
 from torch import Tensor, nn
+
+from megaptune.config import DeepConfig
 
 
 class LstmEncoder(nn.Module):
@@ -42,11 +45,12 @@ class MlpEncoder(nn.Module):
 
 
 class TableEncoder(nn.Module):
-    """The rows themselves (prompt tuning, Lester et al. 2021): no reparameterisation."""
+    """The rows themselves (prompt tuning, Lester et al. 2021; deep prompts of P-tuning v2): no reparameterisation."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, width: int, std: float = 1.0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(rows, width)
+        self.embedding.weight.data *= std
 
     def forward(self) -> Tensor:
         """The table [R, D], fp32."""
@@ -66,10 +70,34 @@ class HeadEncoder(nn.Module):
         return self.embedding.weight * 1.0
 
 
-def build_encoder(name: str, rows: int, width: int, dropout: float, seed: int) -> nn.Module:
-    """An encoder with the same weights on every rank: they depend on ``seed`` alone."""
+class DeepMlpEncoder(nn.Module):
+    """Prefix tuning's (Li and Liang 2021, section 4.3): an embedding of P virtual tokens and an MLP with tanh, which
+    makes the R / P rows of each, its keys and values of all layers."""
+
+    def __init__(self, tokens: int, rows: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, rows // tokens * width))
+
+    def forward(self) -> Tensor:
+        """The table [R, D], fp32; a token's rows one after the other."""
+        return self.mlp(self.embedding.weight).view(-1, self.embedding.embedding_dim)
+
+
+def build_encoder(
+    name: str, rows: int, width: int, dropout: float, seed: int, deep: DeepConfig | None = None
+) -> nn.Module:
+    """An encoder with the same weights on every rank: they depend on ``seed`` alone.
+
+    :param deep: for the encoders of deep prompts: how many virtual tokens the rows are, and sizes.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "lstm":
             return LstmEncoder(rows, width, dropout)
+        if name.startswith("deep"):
+            assert deep is not None, "deep prompts have settings of their own"
+            if name == "deep_table":
+                return TableEncoder(rows, width, deep.init_std)
+            return DeepMlpEncoder(deep.length, rows, width, deep.hidden_size)
         return {"mlp": MlpEncoder, "table": TableEncoder, "head": HeadEncoder}[name](rows, width)

@@ -37,7 +37,7 @@ def encode(
     """
     into = outs or {}
     states = weights["embedding.weight"]
-    if kind in ("table", "head"):
+    if kind in ("table", "head", "deep_table"):
         return states * 1.0
     if kind == "lstm":
         for layer in (0, 1):
@@ -46,8 +46,12 @@ def encode(
             states = bilstm(states, w_ih, w_hh, b_ih, b_hh, (into[names[0]], into[names[1]]) if into else None)
             if layer == 0 and dropped is not None:
                 states = states * dropped
-    states = torch.relu(linear(states, weights["mlp.0.weight"], weights["mlp.0.bias"], into.get("mlp.0.weight")))
-    return linear(states, weights["mlp.2.weight"], weights["mlp.2.bias"], into.get("mlp.2.weight"))
+    squash = torch.tanh if kind == "deep_mlp" else torch.relu
+    states = squash(linear(states, weights["mlp.0.weight"], weights["mlp.0.bias"], into.get("mlp.0.weight")))
+    states = linear(states, weights["mlp.2.weight"], weights["mlp.2.bias"], into.get("mlp.2.weight"))
+    return states.unflatten(2, (-1, weights["embedding.weight"].shape[2])).flatten(
+        1, 2
+    )  # deep_mlp: several rows a token
 
 
 class EncoderStack:
@@ -63,11 +67,11 @@ class EncoderStack:
         device: torch.device,
         kind: str | None = None,
     ) -> None:
-        self.kind, self.rows, self.width = kind or prompt.encoder, rows, width
+        self.kind, self.rows, self.width, self.deep = kind or prompt.encoder, rows, width, prompt.deep
         self.train, self.device, self.count = train, device, 0
         self.dropout = prompt.dropout
         with torch.device("meta"):
-            parameters = dict(build_encoder(self.kind, rows, width, 0.0, 0).named_parameters())
+            parameters = dict(build_encoder(self.kind, rows, width, 0.0, 0, self.deep).named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         stacked: dict[str, tuple[int, ...]] = {}
         for name, shape in self.shapes.items():
@@ -92,14 +96,16 @@ class EncoderStack:
 
     # -- places --------------------------------------------------------------------------------------------------
 
-    def add(self, seed: int) -> int:
-        """Take a place for a new encoder, whose weights depend on ``seed`` alone."""
+    def add(self, seed: int, start: Tensor | None = None) -> int:
+        """Take a place for a new encoder, whose weights depend on ``seed`` alone, a table's on ``start`` [R, D] too."""
         place = self.count
         self.count += 1
         for stacks in self.stacks.values():
             for stack in stacks.values():
                 stack[place].zero_()
-        state = build_encoder(self.kind, self.rows, self.width, 0.0, seed).state_dict()
+        state = build_encoder(self.kind, self.rows, self.width, 0.0, seed, self.deep).state_dict()
+        if start is not None:
+            state["embedding.weight"] += start.cpu()
         self.put("weight", place, state)
         return place
 

@@ -154,14 +154,20 @@ class Template:
         return [field for part in self.parts if isinstance(part, Text) for field in part.fields]
 
     def encode(
-        self, record: HasFields, forms: TokenForms, first_row: int = 0, max_tokens: int | None = None
+        self,
+        record: HasFields,
+        forms: TokenForms,
+        first_row: int = 0,
+        max_tokens: int | None = None,
+        answer_tokens: int = 1,
     ) -> EncodedPrompt:
         """Slots of one record; its pseudo tokens are table rows ``first_row``, ``first_row + 1``, ...
 
         :param max_tokens: the length that shortenable fields are cut to, special tokens included; None: no limit.
+        :param answer_tokens: how many the answer has: a masked model's input has a mask for each.
         :raises DataError: when the record lacks a field of the template, or cannot be cut to ``max_tokens``.
         """
-        return self._fitted(record, forms, first_row, max_tokens, answer_tokens=1)
+        return self._fitted(record, forms, first_row, max_tokens, answer_tokens)
 
     def encode_choices(
         self,

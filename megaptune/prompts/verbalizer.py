@@ -1,6 +1,9 @@
-"""From answer words to single vocabulary tokens, in the form they have after a space."""
+"""From answer words to vocabulary tokens, in the form they have after a space."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megaptune.errors import DataError
 from megaptune.prompts.tokens import TokenForms
@@ -36,3 +39,49 @@ class Verbalizer:
             f"answers that are not one token of this backbone: {'; '.join(shown)}{more}. "
             "Use answers of one token, or set task.multi_token_answers: drop to leave these records out and count them"
         )
+
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """Answers of any number of tokens: the words that each token sequence spells."""
+
+    words: dict[Tokens, list[str]]
+
+    @classmethod
+    def of(cls, words: Sequence[str], forms: TokenForms) -> "AnswerTokens":
+        """Words that the tokenizer does not know are left out."""
+        found: dict[Tokens, list[str]] = defaultdict(list)
+        unique = list(dict.fromkeys(words))
+        for word, ids in zip(unique, forms.words_after_space(unique), strict=True):
+            if ids and forms.unknown_id not in ids:
+                found[tuple(ids)].append(word)
+        return cls(dict(found))
+
+    @cached_property
+    def tokens_of(self) -> dict[str, Tokens]:
+        return {word: tokens for tokens, members in self.words.items() for word in members}
+
+    @cached_property
+    def children(self) -> dict[Tokens, list[int]]:
+        """The trie: what may follow the first tokens of an answer, ascending; the root is ``()``."""
+        found: dict[Tokens, set[int]] = defaultdict(set)
+        for tokens in self.words:
+            for place, token in enumerate(tokens):
+                found[tokens[:place]].add(token)
+        return {prefix: sorted(following) for prefix, following in found.items()}
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted(self.at_masks)
+
+    @cached_property
+    def at_masks(self) -> dict[int, list[list[int]]]:
+        """By the number of tokens: those that answers of that length have at each place, ascending."""
+        places: dict[int, list[set[int]]] = {}
+        for tokens in self.words:
+            for place, token in enumerate(tokens):
+                places.setdefault(len(tokens), [set() for _ in tokens])[place].add(token)
+        return {count: [sorted(tokens) for tokens in found] for count, found in places.items()}

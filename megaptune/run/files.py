@@ -8,9 +8,14 @@ from typing import Any
 
 def write_whole(path: Path, text: str) -> None:
     """Write beside the target, flush to disk, rename over it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """:func:`write_whole` of what is no text."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as handle:
-        handle.write(text)
+    with part.open("wb") as handle:
+        handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
     part.replace(path)

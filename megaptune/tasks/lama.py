@@ -5,15 +5,25 @@ Rows need ``sub_label`` and ``obj_label`` only. Duplicates stay: published score
 """
 
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megaptune.config import LamaTask
 from megaptune.errors import DataError
+from megaptune.methods import PROMPT_SETS, PromptSet
 from megaptune.tasks.records import SPLITS, Record, TaskData, read_rows, take
 
+PROMPT_FILES: dict[PromptSet, str] = {
+    "lpaqa": "prompts/LPAQA_relations.jsonl",
+    "autoprompt": "prompts/AutoPrompt_relations.jsonl",
+}
+"""Where a set's prompts are below the data's folder, unless the configuration names another file."""
 
-def load_lama(config: LamaTask, word_list: list[str] | None) -> list[TaskData]:
-    """The wanted relations, in the order asked for (``all``: by number)."""
+
+def load_lama(config: LamaTask, word_list: list[str] | None, prompt_sets: Sequence[PromptSet] = ()) -> list[TaskData]:
+    """The wanted relations, in the order asked for (``all``: by number), with their prompts of ``prompt_sets``."""
     if not config.root.is_dir():
         raise DataError(f"task.root: folder not found: {config.root}")
     templates = _templates(config.root / "relations.jsonl")
@@ -24,19 +34,56 @@ def load_lama(config: LamaTask, word_list: list[str] | None) -> list[TaskData]:
     if unknown or not wanted:
         missing = ", ".join(unknown) or "any relation"
         raise DataError(f"{config.root}: no data for {missing} (there: {', '.join(available) or 'nothing'})")
-    return [_load_relation(folders[name], templates, word_list) for name in wanted]
+    sets = {name: read_prompt_set(_prompt_file(config, name)) for name in prompt_sets}
+    relations = [_load_relation(folders[name], templates, word_list) for name in wanted]
+    return [
+        replace(data, prompt_sets={name: found[data.name] for name, found in sets.items() if data.name in found})
+        for data in relations
+    ]
+
+
+def read_prompt_set(path: Path) -> dict[str, list[str]]:
+    """Relation id -> its prompts in megaptune's notation, in file order without repeats; rows of ``relation`` and
+    ``template``, several of a relation or one."""
+    found: dict[str, list[str]] = {}
+    for source, row in read_rows(path):
+        prompts = found.setdefault(take(row, "relation", source), [])
+        prompt = _notation(take(row, "template", source), source)
+        prompts += [prompt] if prompt not in prompts else []
+    return found
+
+
+def _prompt_file(config: LamaTask, name: PromptSet) -> Path:
+    stated: Path | None = getattr(config, f"{name}_prompts")
+    path = stated or config.root / PROMPT_FILES[name]
+    if not path.is_file():
+        raise DataError(f"method {PROMPT_SETS[name]}: file not found: {path}; name it in task.{name}_prompts")
+    return path
 
 
 def _templates(path: Path) -> dict[str, tuple[str, str, str]]:
     """Relation id -> (manual template in megaptune's notation, label, type)."""
     found = {}
     for source, row in read_rows(path):
-        template = take(row, "template", source)
-        if "[X]" not in template or "[Y]" not in template:
-            raise DataError(f"{source}: the template {template!r} lacks [X] or [Y]")
-        notation = template.replace("[X]", "{subject}").replace("[Y]", "[answer]")
+        notation = _notation(take(row, "template", source), source)
         found[take(row, "relation", source)] = notation, row.get("label", ""), row.get("type", "")
     return found
+
+
+def _notation(template: str, source: str) -> str:
+    """LAMA's ``[X]`` and ``[Y]`` in megaptune's notation.
+
+    What is glued to ``[X]`` stays glued, as the pieces of words that AutoPrompt found do; a piece that is still marked
+    (``[X] ##vik``) is glued to what it goes on.
+    """
+    for tag in ("[X]", "[Y]"):
+        if template.count(tag) != 1:
+            found = "lacks" if tag not in template else f"has {template.count(tag)} times"
+            raise DataError(f"{source}: the template {template!r} {found} {tag}; expected [X] and [Y] once each")
+    if "{" in template or "}" in template:
+        raise DataError(f"{source}: the template {template!r} has a brace, which would name a field here")
+    glued = re.sub(r"\s+##(?=\w)", "", template)
+    return glued.replace("[X]", "{subject}").replace("[Y]", "[answer]")
 
 
 def _load_relation(folder: Path, templates: dict[str, tuple[str, str, str]], word_list: list[str] | None) -> TaskData:
@@ -52,14 +99,14 @@ def _record(row: dict[str, str], source: str) -> Record:
     return Record({**row, "subject": subject}, take(row, "obj_label", source), source, subject)
 
 
-def read_word_list(path: Path) -> list[str]:
+def read_word_list(path: Path, key: str = "task.word_list") -> list[str]:
     """The words answers may be, in file order without repeats.
 
     ``.txt`` holds one word a line. ``.json`` is P-tuning's ``29k-vocab.json``: lists per model name, the same words
-    in each, some with the byte-level mark of a leading space.
+    in each, some with the byte-level mark of a leading space. ``key`` names the list in an error.
     """
     if not path.is_file():
-        raise DataError(f"task.word_list: file not found: {path}")
+        raise DataError(f"{key}: file not found: {path}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

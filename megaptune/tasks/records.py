@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from megaptune.errors import DataError
+from megaptune.methods import PromptSet
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
@@ -32,7 +33,11 @@ class Record:
 
 @dataclass(frozen=True)
 class TaskData:
-    """One relation (or one custom task): its splits, its manual template, the words that answers may be."""
+    """One relation (or one custom task): its splits, its manual template, the words that answers may be.
+
+    prompt_sets: further manual templates, by the set that they are from; a set without any has no entry. word_lists:
+    further lists by name, which drop no record.
+    """
 
     name: str
     splits: dict[Split, list[Record]]
@@ -41,6 +46,8 @@ class TaskData:
     label: str = ""
     type: str = ""  # of a LAMA relation: 1-1, N-1 or N-M
     dropped: dict[str, int] = field(default_factory=dict)
+    prompt_sets: dict[PromptSet, list[str]] = field(default_factory=dict)
+    word_lists: dict[str, list[str]] = field(default_factory=dict)
 
     def keep_listed_answers(self) -> "TaskData":
         """A copy without the records whose answer is outside the word list, if there is one."""

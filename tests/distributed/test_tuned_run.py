@@ -9,22 +9,26 @@ from ranks import run_ranks, train
 from runs import losses, metrics, prompt, result
 
 from megaptune.errors import DivergedError
-from megaptune.methods import METHODS
+from megaptune.methods import METHODS as ALL_METHODS
+from megaptune.methods import PROMPT_SETS
 
 pytestmark = pytest.mark.dist
 
-OF_FACTS = [name for name, method in METHODS.items() if not method.ensemble]  # PET's are for SuperGLUE
-TUNED = [name for name in OF_FACTS if METHODS[name].tunes_lm]
+METHODS = {
+    name: method for name, method in ALL_METHODS.items() if name not in PROMPT_SETS.values() and not method.ensemble
+}
+"""Those of a custom task, which has no prompts of LPAQA or AutoPrompt; PET is for SuperGLUE."""
+TUNED = [name for name, method in METHODS.items() if method.tunes_lm]
 
 
-def config_of(config_file, kind="llama", methods=tuple(OF_FACTS), **train_settings):
+def config_of(config_file, kind="llama", methods=tuple(METHODS), **train_settings):
     train_settings = {"lm_learning_rate": 3e-3, "learning_rate": 1e-2, "epochs": 6, **train_settings}
     return config_file(kind, methods=list(methods), train=train_settings)
 
 
 def test_all_methods_in_one_run(config_file, tmp_path):
     """Frozen ones first, whatever the order in the configuration; every tuned job learns; the table has them all."""
-    config, run = config_of(config_file, methods=OF_FACTS[::-1]), tmp_path / "run"
+    config, run = config_of(config_file, methods=list(METHODS)[::-1]), tmp_path / "run"
     run_ranks(2, train, config, f"run.directory={run}", "parallel.zero_stage=3")
     jobs = list(dict.fromkeys(line["job"] for line in metrics(run)))
     assert [job.rpartition("/")[2].removesuffix("-seed0") for job in jobs] == [
@@ -42,12 +46,12 @@ def test_all_methods_in_one_run(config_file, tmp_path):
     manifest = json.loads((run / "jobs/cities/ptuning+finetune-seed0/prompt/manifest.json").read_text())
     assert manifest["state"]["lm_tuned"] is True
     row = json.loads((run / "results.json").read_text())["table"][0]
-    assert {name for name in METHODS if row.get(name)} == set(OF_FACTS)
+    assert {name for name in METHODS if row.get(name)} == set(METHODS)
 
 
 def test_methods_that_tune_leave_frozen_ones_alone(config_file, tmp_path):
     """The same bits with and without tuned jobs in the run; also where those were done first."""
-    methods = [name for name in OF_FACTS if METHODS[name].encoder is None]
+    methods = [name for name in METHODS if METHODS[name].encoder is None]
     config = config_of(config_file, methods=methods, epochs=2)
     alone, together, after = tmp_path / "alone", tmp_path / "together", tmp_path / "after"
     run_ranks(2, train, config, f"run.directory={alone}", "methods=[manual,ptuning]")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SITES = sorted((ROOT / "configs" / "site").glob("*.yaml"))
+PRESETS = sorted((ROOT / "configs" / "presets").glob("ptuning_lama*.yaml"))
 
 
 def test_the_table_of_keys_is_what_the_program_prints():
@@ -37,8 +38,8 @@ def test_shipped_configurations_load(path, monkeypatch):
     load_config(path, is_embedded=is_embedded)
 
 
-@pytest.mark.parametrize("path", SITES, ids=lambda path: path.name)
-def test_site_files_fit_any_configuration(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", [*SITES, *PRESETS], ids=lambda path: path.name)
+def test_site_files_and_presets_fit_any_configuration(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MEGAPTUNE_DATA", "/somewhere")
     config = tmp_path / "config.yaml"
     config.write_text(f"defaults: [{ROOT / 'configs' / 'lama_paper.yaml'}, {path}]")

@@ -15,13 +15,15 @@ def open_host(
     dtype: str = "fp32",
     topology: Topology | None = None,
     speed: SpeedConfig | None = None,
+    random_seed: int | None = None,
     **parallel: Any,
 ) -> BackboneHost:
     """Join the ranks, unless ``topology`` says they are, and host ``folder``: ``open_host(folder, zero_stage=3)``."""
     settings = ParallelConfig(**parallel)
     topology = topology or connect()
     grid = build_grid(topology, settings.tensor_parallel, settings.across_nodes)
-    return BackboneHost(describe_backbone(folder, "auto"), dtype, settings, grid, topology.device, speed)
+    description = describe_backbone(folder, "auto", random_seed)
+    return BackboneHost(description, dtype, settings, grid, topology.device, speed)
 
 
 def training(config: Any, host: BackboneHost, topology: Topology, task: Any, **candidates: Any) -> Any:

@@ -56,6 +56,7 @@ def test_the_wheel_carries_the_kernels_inside_and_nothing_at_top_level(wheel):
     sources = {f"megaptune/{file.relative_to(ROOT / 'megaptune')}" for file in (ROOT / "megaptune").rglob("*.py")}
     sources |= {f"megaptune/kernels/csrc/{file.name}" for file in (ROOT / "kernels" / "csrc").iterdir()}
     assert sources <= set(names)
+    assert {"megaptune/report/paper.yaml", "megaptune/report/report.css"} <= set(names)
     assert {"binding.cpp", "kernels.h", "verbalizer_softmax.cu"} <= {Path(name).name for name in names}
 
 

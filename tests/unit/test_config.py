@@ -79,6 +79,16 @@ def test_lama_drops_answers_of_several_tokens_and_a_custom_task_refuses_them():
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
+def test_readings_are_those_that_have_a_name():
+    lists = {"type": "custom", "word_lists": {"29k": "a.txt"}}
+    assert validate(with_keys(task=lists, scoring={"evaluate_over": ["29k", "vocabulary"]}), "c").task.word_lists
+    told = problems(with_keys(task=lists, scoring={"evaluate_over": ["34k", "vocabulary"]}))
+    assert "'34k' is no reading; expected answers, word_list, vocabulary, answers_multi, 29k" in told
+    told = problems(with_keys(scoring={"evaluate_over": ["answers_multi"], "select_on": "answers_multi"}))
+    assert "answers_multi is reported only" in told
+    assert "task.word_lists.answers has the name" in problems(with_keys(task={"word_lists": {"answers": "a.txt"}}))
+
+
 @pytest.mark.parametrize(
     ("section", "key", "meant"),
     [

@@ -1,6 +1,7 @@
 """A task as the backbone sees it: encoded records, candidate sets, limits, losses and baselines."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -128,6 +129,46 @@ def test_prompt_as_long_as_the_context_is_taken(gpt2: TokenForms):
 def test_empty_field_that_leaves_nothing_before_the_answer_is_refused(gpt2: TokenForms):
     empty = [Record({"city": " "}, "France", "facts.jsonl:1", "")]
     assert "facts.jsonl:1" in refusal(data(test=empty), gpt2, methods=["manual"], prompt={"manual": "{city} [answer]"})
+
+
+# -- prompts that others searched ------------------------------------------------------------------------------------
+
+
+def searched(forms: TokenForms, kind: Any, *lpaqa: str) -> PreparedTask:
+    raw = {"backbone": {"path": "b"}, "task": {"type": "lama", "root": "LAMA"}, "methods": ["manual_lpaqa"]}
+    facts = [replace(record, fields={"subject": record.subject}) for record in data().splits["test"]]
+    task = TaskData("P17", {"train": [], "dev": facts, "test": facts}, None, prompt_sets={"lpaqa": list(lpaqa)})
+    return prepare_task(task, validate(raw, "config.yaml"), forms, kind, 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokenizer", "read"),
+    [
+        ("causal", "gpt2", ["Oslovik lies near", "Oslo and"]),
+        ("masked", "bert", ["[CLS] Oslovik lies near [MASK]. [SEP]", "[CLS] Oslo and [MASK] are twinned towns. [SEP]"]),
+    ],
+)
+def test_inputs_of_searched_prompts(tokenizers: Tokenizers, kind: str, tokenizer: str, read: list[str]):
+    forms = TokenForms(tokenizers(tokenizer))
+    templates = "{subject}vik lies near [answer].", "{subject} and [answer] are twinned towns."
+    task = searched(forms, kind, *templates)
+    assert [forms.tokenizer.decode(found.test[0].slots) for found in task.searched["lpaqa"]] == read
+    assert [len(found.dev) for found in task.searched["lpaqa"]] == [2, 2]  # dev chooses
+
+
+def test_a_causal_lm_is_left_out_where_the_answer_comes_first(gpt2: TokenForms, tokenizers: Tokenizers):
+    templates = "[answer] has {subject}", "in [answer] lies {subject}"
+    assert searched(gpt2, "causal", *templates).left_out == {
+        "manual_lpaqa": "its prompt has the answer before the subject, which a causal LM cannot read"
+    }
+    assert searched(gpt2, "causal", *templates, "{subject} in [answer]").left_out == {}
+    assert searched(TokenForms(tokenizers("bert")), "masked", *templates).left_out == {}
+
+
+def test_a_relation_without_a_prompt_is_left_out(gpt2: TokenForms):
+    task = searched(gpt2, "causal")
+    assert task.left_out == {"manual_lpaqa": "no prompt for this relation"}
+    assert "left out   manual_lpaqa: no prompt for this relation" in task.summary(100)
 
 
 # -- answers of several tokens ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from tiny import write_jsonl
 from megaptune.config import CustomTask, LamaTask
 from megaptune.errors import DataError
 from megaptune.tasks.custom import load_custom
-from megaptune.tasks.lama import load_lama, read_word_list
+from megaptune.tasks.lama import load_lama, read_prompt_set, read_word_list
 from megaptune.tasks.records import TaskData
 
 TEMPLATES = [
@@ -73,7 +73,7 @@ def test_relation_without_a_template_is_named(root: Path):
 
 def test_template_without_a_placeholder_is_told_with_its_line(root: Path):
     write_jsonl(root / "relations.jsonl", [TEMPLATES[0], {"relation": "P103", "template": "[X] speaks"}])
-    assert "relations.jsonl:2: the template '[X] speaks' lacks [X] or [Y]" in refusal(root)
+    assert "relations.jsonl:2: the template '[X] speaks' lacks [Y]" in refusal(root)
 
 
 def test_folder_that_is_not_there_is_named(tmp_path: Path):
@@ -128,6 +128,53 @@ def test_word_list_keeps_records_whose_answer_is_on_it_and_counts_the_others(roo
     assert [[r.answer for r in members] for members in data.splits.values()] == [["Spain"]] * 3
     assert data.dropped == {"answer outside task.word_list": 9}
     assert data.word_list == ["Spain", "Norway"]
+
+
+# -- prompts that others searched ------------------------------------------------------------------------------------
+
+
+def prompt_file(path: Path, *templates: tuple[str, str]) -> Path:
+    return write_jsonl(path, [{"relation": relation, "template": text} for relation, text in templates])
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("The native language of [X] is [Y] .", "The native language of {subject} is [answer] ."),  # LAMA
+        ("[X] is located in [Y]..", "{subject} is located in [answer].."),  # LPAQA
+        ("[X] and [Y] are twinned towns.", "{subject} and [answer] are twinned towns."),
+        ("[X]vik nationwide disabilities within [Y].", "{subject}vik nationwide disabilities within [answer]."),
+        ("[X] ##PA commune ##rug speaks [Y] .", "{subject}PA communerug speaks [answer] ."),  # AutoPrompt, marked
+        ("[X] vol \u300elson gallery in [Y].", "{subject} vol \u300elson gallery in [answer]."),
+    ],
+)
+def test_prompts_of_all_three_notations(tmp_path: Path, written: str, read: str):
+    assert read_prompt_set(prompt_file(tmp_path / "p.jsonl", ("P17", written))) == {"P17": [read]}
+
+
+def test_prompts_come_from_the_data_folder_or_a_file_that_is_named(root: Path):
+    prompt_file(
+        root / "prompts" / "LPAQA_relations.jsonl", ("P17", "[X] in [Y]"), ("P17", "[X] of [Y]"), ("P1", "[X][Y]")
+    )
+    other = prompt_file(root / "mine.jsonl", ("P103", "[X]ed speaks [Y]."))
+    task = LamaTask(type="lama", root=root, autoprompt_prompts=other)
+    first, second = load_lama(task, None, ["lpaqa", "autoprompt"])
+    assert first.prompt_sets == {"lpaqa": ["{subject} in [answer]", "{subject} of [answer]"]}
+    assert second.prompt_sets == {"autoprompt": ["{subject}ed speaks [answer]."]}
+
+
+def test_a_set_without_a_file_is_told_with_the_key_to_name_it(root: Path):
+    with pytest.raises(DataError, match=r"manual_lpaqa: file not found: .*LPAQA_rel.*; name it in task\.lpaqa_prompts"):
+        load_lama(LamaTask(type="lama", root=root), None, ["lpaqa"])
+
+
+@pytest.mark.parametrize(("written", "told"), [("[X] and [X] in [Y]", "has 2 times [X]"), ("{ [X] in [Y]", "a brace")])
+def test_prompts_that_mean_nothing_are_told_with_their_line(tmp_path: Path, written: str, told: str):
+    path = prompt_file(tmp_path / "p.jsonl", ("P17", "[X] in [Y]"), ("P17", written))
+    with pytest.raises(DataError) as caught:
+        read_prompt_set(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert told in str(caught.value)
 
 
 # -- word lists ------------------------------------------------------------------------------------------------------

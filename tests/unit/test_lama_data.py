@@ -76,6 +76,13 @@ def test_29k_words_carry_no_mark_of_a_space(root: Path):
     assert not [word for word in read_word_list(root / "29k-vocab.json") if word.startswith("Ġ")]
 
 
+def test_every_relation_has_an_lpaqa_and_an_autoprompt_prompt(root: Path):
+    for data in load_lama(LamaTask(type="lama", root=root), None, ["lpaqa", "autoprompt"]):
+        assert [len(data.prompt_sets[name]) for name in ("lpaqa", "autoprompt")] == [1, 1], data.name
+        for (text,) in data.prompt_sets.values():
+            assert text.index("{subject}") < text.index("[answer]"), data.name  # a causal LM reads all of them
+
+
 def test_common_vocabulary_keeps_every_test_fact(root: Path):
     allowed = set(read_word_list(root / "common_vocab_cased.txt"))
     for data in load(root, "all").values():

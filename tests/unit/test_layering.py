@@ -24,8 +24,9 @@ backbone.convert.gguf   backbone.convert.megatron_lm  backbone.convert.command
 backbone.embedded       backbone.zero_config
 run.preflight
 kernels                 backbone.frozen_linear  backbone.fingerprint  backbone.tensor_parallel
-backbone.loading        backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
-backbone.inputs         backbone.packed_attention  backbone.compiled  backbone.context_files  backbone.context_cache
+backbone.random_weights  backbone.loading  backbone.whole_model  backbone.output_rows    backbone.nvme  backbone.weights
+backbone.deep_prompts   backbone.inputs         backbone.packed_attention  backbone.compiled
+backbone.context_files  backbone.context_cache
 backbone.engine         backbone.host
 backbone.weight_pieces  backbone.tuned_weights  backbone.tuned_host
 run.checkpoint          run.directory
@@ -36,14 +37,20 @@ prompts                 prompts.tokens  prompts.shortening  prompts.template  pr
 prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack  prompts.bank
 pattern_examples        option_examples  classifier_examples
 examples                superglue_examples  batches  scoring  option_scoring  evaluation
+long_answers
 jobs                    training_report  training_state
 trainer                 option_models  preparation      soft_labels  pet
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
-results                 results.prompt_folder  results.lm_folder  results.table
+results                 results.facts_job  results.prompt_folder  results.lm_folder  results.table
 results.superglue_job   results.superglue_table  results.tables
 experiment              session
+report                  report.labels  report.runs  report.scores  report.paper  report.blocks  report.provenance
+report.plots            report.facts  report.superglue  report.variance  report.learning  report.long_form
+report.document         report.command
+pretraining             pretraining.config  pretraining.corpus  pretraining.vocabulary  pretraining.models
+pretraining.training    pretraining.command
 cli                     train  __main__
 """
 ORDER = LAYERS.split()
