@@ -4,8 +4,8 @@ The LM is tuned under every pattern; these models label examples that nobody has
 generation's models train on more examples, with labels that other models of the last one are surest of. Nothing is
 chosen by the records that are reported on; dev chooses every model's epoch.
 
-Every model leaves ``scores.jsonl`` in its folder and the last ensemble ``soft_labels.jsonl`` in the job's. What has its
-file is not done again. PET's models are iPET's first generation.
+Every model leaves ``scores.jsonl`` in a folder of its own and the last ensemble ``soft_labels.jsonl`` in the job's.
+What has its file is not done again. PET's models are iPET's first generation.
 """
 
 import json
@@ -155,8 +155,9 @@ class PatternEnsemble:
     def model(self, generation: int, encoded: EncodedOptions, repeat: int, labelled: int) -> PatternModel:
         """One tuned model's scores, from its file if there is one. The first ``labelled`` of train weigh it."""
         method, seed = "ipet" if generation else "pet", self.seed * self.pet.models + repeat
-        suffix = f"-g{generation}-{encoded.name}" + (f"-{repeat}" if self.pet.models > 1 else "")
-        folder = self.directory.job(self.task.name, method, self.seed, suffix)
+        name = f"{method}-seed{self.seed}-g{generation}-{encoded.name}"
+        name += f"-{repeat}" if self.pet.models > 1 else ""
+        folder = self.directory.model(self.task.name, name)
         job = Job(0, "manual+finetune", self.task, encoded, seed, Variant(0.0, encoded.name, ""), folder)
         file, data = folder / "scores.jsonl", digest([*encoded.train, *encoded.to_label, *encoded.test])
         found = on_main(self.topology, lambda: _read(file, data))

@@ -60,6 +60,8 @@ def test_both_leave_their_stages_and_stand_in_the_table(finished):
         assert found["counts"] == {"train": 12, "dev": 6, "test": 8, "to_label": 16}
         assert all(sum(row["probabilities"]) == pytest.approx(1) for row in rows)
         assert found["steps"] == 3 * 2
+    assert {file.parent.name for file in (run / "models" / "RTE").glob("*/scores.jsonl")} == set(MODELS)
+    assert sorted(path.name for path in (run / "jobs" / "RTE").iterdir()) == ["ipet-seed0", "pet-seed0"]
     models = {model["name"]: model for method in ("pet", "ipet") for model in _models(run, method)}
     assert list(models) == MODELS
     assert [model["trained_on"] for model in models.values()][:2] == [12, 12]

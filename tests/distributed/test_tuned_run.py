@@ -32,7 +32,7 @@ def test_all_methods_in_one_run(config_file, tmp_path):
     run_ranks(2, train, config, f"run.directory={run}", "parallel.zero_stage=3")
     jobs = list(dict.fromkeys(line["job"] for line in metrics(run)))
     assert [job.rpartition("/")[2].removesuffix("-seed0") for job in jobs] == [
-        *("manual", "prompt_tuning", "ptuning", "finetune", "manual+finetune", "ptuning+finetune")
+        *("manual", "prompt_tuning", "ptuning", "deep_ptuning", "finetune", "manual+finetune", "ptuning+finetune")
     ]
     for name in TUNED:
         job = f"cities/{name}-seed0"
