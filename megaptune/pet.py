@@ -127,20 +127,18 @@ class PatternEnsemble:
         models: list[PatternModel] = []
         for encoded in self.task.ensemble:
             for repeat in range(self.pet.models):
-                if before:
-                    others = [model for place, model in enumerate(before) if place != len(models)]
-                    examples = [*encoded.train, *self.new_examples(encoded, number, len(models), others)]
-                else:
-                    examples = encoded.train
-                models.append(self.model(number, replace(encoded, train=examples), repeat, len(encoded.train)))
+                examples, place = encoded.train, len(models)
+                others = [model for model in before if model is not before[place]]
+                labellers = drawn(others, self.pet.share, f"{self.seed}/{number}/{place}") if others else []
+                if labellers:
+                    examples = [*examples, *self.new_examples(encoded, number, labellers)]
+                about = {"generation": number, "labelled_by": [model.name for model in labellers]}
+                models.append(self.model(replace(encoded, train=examples), repeat, len(encoded.train), about))
         return models
 
-    def new_examples(
-        self, encoded: EncodedOptions, number: int, place: int, others: list[PatternModel]
-    ) -> list[OptionExample]:
+    def new_examples(self, encoded: EncodedOptions, number: int, labellers: list[PatternModel]) -> list[OptionExample]:
         """What a model trains on besides the labelled examples: others' surest labels, in their shares there."""
-        label_for_it = drawn(others, self.pet.share, f"{self.seed}/{number}/{place}")
-        together = combined([model.scores for model in label_for_it], [model.weight for model in label_for_it])
+        together = combined([model.scores for model in labellers], [model.weight for model in labellers])
         labelled = Counter(example.right[0] for example in encoded.train)
         counts = [labelled[option] for option in range(together.shape[1])]
         wanted = round(len(encoded.train) * self.pet.growth**number) - len(encoded.train)
@@ -152,23 +150,23 @@ class PatternEnsemble:
             )
         return [replace(encoded.to_label[example], right=(option,)) for example, option in chosen]
 
-    def model(self, generation: int, encoded: EncodedOptions, repeat: int, labelled: int) -> PatternModel:
+    def model(self, encoded: EncodedOptions, repeat: int, labelled: int, about: Row) -> PatternModel:
         """One tuned model's scores, from its file if there is one. The first ``labelled`` of train weigh it."""
-        method, seed = "ipet" if generation else "pet", self.seed * self.pet.models + repeat
-        name = f"{method}-seed{self.seed}-g{generation}-{encoded.name}"
+        method, seed = "ipet" if about["generation"] else "pet", self.seed * self.pet.models + repeat
+        name = f"{method}-seed{self.seed}-g{about['generation']}-{encoded.name}"
         name += f"-{repeat}" if self.pet.models > 1 else ""
         folder = self.directory.model(self.task.name, name)
         job = Job(0, "manual+finetune", self.task, encoded, seed, Variant(0.0, encoded.name, ""), folder)
         file, data = folder / "scores.jsonl", digest([*encoded.train, *encoded.to_label, *encoded.test])
         found = on_main(self.topology, lambda: _read(file, data))
         if found is None:
-            found = self.tuned(job, encoded, labelled, {"data": data, "generation": generation})
+            found = self.tuned(job, encoded, labelled, {"data": data, **about})
             on_main(self.topology, lambda: _write(file, *found))
-        about, rows = found
+        told, rows = found
         scores, test = (
             torch.tensor([row["scores"] for row in rows if row["split"] == split]) for split in ("to_label", "test")
         )
-        return PatternModel(folder.name, {key: value for key, value in about.items() if key != "data"}, scores, test)
+        return PatternModel(folder.name, {key: value for key, value in told.items() if key != "data"}, scores, test)
 
     def tuned(self, job: Job, encoded: EncodedOptions, labelled: int, about: Row) -> tuple[Row, list[Row]]:
         """Tune the LM under one pattern, and let it score the examples to label and the reported ones."""

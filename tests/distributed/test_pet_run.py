@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import RankFailed, run_ranks, train
 from runs import result
 from tiny_superglue import save_backbone, settings, write_config, write_superglue
@@ -14,6 +15,7 @@ from megaptune.config import load_config, validate
 from megaptune.errors import ConfigError, DataError
 from megaptune.preparation import prepare_run
 from megaptune.run.monitor import Monitor
+from megaptune.soft_labels import combined, most_confident, softened
 from megaptune.superglue_examples import load_superglue
 
 pytestmark = pytest.mark.dist
@@ -45,8 +47,9 @@ def finished(config, tmp_path_factory) -> dict[int, Path]:
     return runs
 
 
-def lines(run: Path, job: str, file: str) -> list[dict]:
-    return [json.loads(line) for line in (run / "jobs" / "RTE" / job / file).read_text().splitlines()]
+def lines(folder: Path, file: str) -> list[dict]:
+    """The rows of a file about RTE, after the line that tells of them."""
+    return [json.loads(line) for line in (folder / "RTE" / file).read_text().splitlines()[1:]]
 
 
 def test_both_leave_their_stages_and_stand_in_the_table(finished):
@@ -55,7 +58,7 @@ def test_both_leave_their_stages_and_stand_in_the_table(finished):
     assert "| PET | iPET |" in (run / "results.md").read_text()
     for method in ("pet", "ipet"):
         found = result(run, f"RTE/{method}-seed0")
-        _, *rows = lines(run, f"{method}-seed0", "soft_labels.jsonl")
+        rows = lines(run / "jobs", f"{method}-seed0/soft_labels.jsonl")
         assert found["trained_on"] == found["ensemble"]["labelled"] == len(rows) == 16
         assert found["counts"] == {"train": 12, "dev": 6, "test": 8, "to_label": 16}
         assert all(sum(row["probabilities"]) == pytest.approx(1) for row in rows)
@@ -70,6 +73,25 @@ def test_both_leave_their_stages_and_stand_in_the_table(finished):
         assert len({model["weight"] for model in models.values() if model["pattern"] == pattern}) == 1
 
 
+def test_labels_are_what_the_rules_make_of_the_models_scores(finished):
+    run = finished[1]
+    scores = {name: _scores(run, name) for name in MODELS}
+    models = {model["name"]: model for method in ("pet", "ipet") for model in _models(run, method)}
+    for method, names in (("pet", MODELS[:2]), ("ipet", MODELS[2:])):
+        together = combined([scores[name] for name in names], [models[name]["weight"] for name in names])
+        found = torch.tensor([row["probabilities"] for row in lines(run / "jobs", f"{method}-seed0/soft_labels.jsonl")])
+        assert torch.allclose(found, softened(together, 2.0).float())
+    for name, other in zip(MODELS[2:], MODELS[1::-1], strict=True):  # of two models the other one
+        assert models[name]["labelled_by"] == [other]
+        new = most_confident(softened(scores[other]), [6, 6], 6)
+        assert models[name]["trained_on"] == 12 + len(new)
+
+
+def _scores(run: Path, model: str) -> torch.Tensor:
+    rows = lines(run / "models", f"{model}/scores.jsonl")
+    return torch.tensor([row["scores"] for row in rows if row["split"] == "to_label"])
+
+
 def _models(run: Path, method: str) -> list[dict]:
     return result(run, f"RTE/{method}-seed0")["ensemble"]["models"]
 
@@ -77,7 +99,7 @@ def _models(run: Path, method: str) -> list[dict]:
 def test_one_rank_and_two_agree(finished):
     """Within what the order of fp32 sums makes of Adam's steps: 1e-3 of a probability."""
     for method in ("pet", "ipet"):
-        one, two = (lines(run, f"{method}-seed0", "soft_labels.jsonl")[1:] for run in finished.values())
+        one, two = (lines(run / "jobs", f"{method}-seed0/soft_labels.jsonl") for run in finished.values())
         for mine, theirs in zip(one, two, strict=True):
             assert mine["idx"] == theirs["idx"]
             assert mine["probabilities"] == pytest.approx(theirs["probabilities"], abs=1e-3)
