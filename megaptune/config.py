@@ -14,7 +14,7 @@ from megaptune import config_files
 from megaptune.config_base import Limits, Section
 from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
 from megaptune.patterns import PatternBook, TaskName
-from megaptune.superglue_config import SuperGlueTask, pattern_problems
+from megaptune.superglue_config import PetConfig, SuperGlueTask, pattern_problems, pet_problems
 
 Reading = str
 """The candidates that an answer is compared with: one of READINGS, or the name of one of task.word_lists."""
@@ -308,9 +308,11 @@ class Config(Section):
         "these found for LAMA (of several the best on dev); ptuning: a prompt trained against the frozen LM; "
         "prompt_tuning: the same with plain vectors for the encoder; finetune: the LM tuned on the template without "
         "pseudo tokens (SuperGLUE: under a classification head); manual+finetune, ptuning+finetune: LM tuned too; "
-        "deep_ptuning: keys and values trained for every layer, against the frozen LM",
+        "deep_ptuning: keys and values trained for every layer, against the frozen LM; "
+        "pet, ipet (SuperGLUE): patterns' models label examples, of which a head learns",
     )
     prompt: PromptConfig = PromptConfig()
+    pet: PetConfig = PetConfig()
     scoring: ScoringConfig = ScoringConfig()
     train: TrainConfig = TrainConfig()
     jobs: JobsConfig = JobsConfig()
@@ -360,6 +362,7 @@ class Config(Section):
             problems += pattern_problems(self.task, self.patterns)
             if self.jobs.templates:
                 problems.append("jobs.templates is for other tasks; of a superglue task name patterns in task.ptuning")
+        problems += self._pet_problems()
         problems += self._layout_problems()
         if self.deep and not self.speed.answers_only:
             problems.append("method deep_ptuning reads packed batches, at the answers alone: set speed.answers_only")
@@ -383,6 +386,14 @@ class Config(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _pet_problems(self) -> list[str]:
+        method = next((name for name in self.methods if METHODS[name].ensemble), None)
+        if method is None:
+            return []
+        if not isinstance(self.task, SuperGlueTask):
+            return [f"method {method} is for superglue tasks: it needs several patterns with the same labels"]
+        return pet_problems(method, self.pet, self.task, self.patterns)
 
     def _dropout_problems(self) -> list[str]:
         """What computes a block in another form than the family's own, or more than once, has no dropout in it."""
@@ -482,6 +493,7 @@ INPUT_PATHS = (
     "task.train",
     "task.dev",
     "task.test",
+    "pet.root",
 )
 """The keys whose relative values are resolved against the file that states them."""
 

@@ -7,7 +7,7 @@ again, so the same command continues an interrupted run.
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from megaptune.long_answers import LongMember, LongOutcome, rank_answers
 from megaptune.methods import METHODS, MethodName
 from megaptune.option_examples import OptionExample
 from megaptune.option_scoring import OptionOutcome, OptionScorer
+from megaptune.pet import PatternEnsemble
 from megaptune.preparation import PreparedRun
 from megaptune.results.facts_job import finish_facts
 from megaptune.results.lm_folder import write_tuned_lm
@@ -107,7 +108,7 @@ class Experiment:
                 self.change_host(tuned)
             if tuned:
                 for job in pending:
-                    self.train([job], self.stage([job]), job.folder / "checkpoints")
+                    self.tune(job)
             else:
                 self.run_frozen(pending, self.stage(jobs), "deep-checkpoints" if deep else "checkpoints")
         return read_table(self.directory.path, self.config)
@@ -185,6 +186,15 @@ class Experiment:
             self.train(training, stage, self.directory.path / checkpoints)
         else:
             roll_call.mark("training")  # no step will come
+
+    def tune(self, job: Job) -> None:
+        """A job that tunes the LM, after the models that it learns from."""
+        stage = self.stage([job])
+        if job.method.ensemble:
+            shared = self.config, self.directory, self.topology, self.monitor, self.stage
+            job, config = PatternEnsemble(job, *shared).distillation()
+            stage = replace(stage, config=config)
+        self.train([job], stage, job.folder / "checkpoints")
 
     def zero_shot(
         self, job: Job, examples: Sequence[Example | OptionExample], stage: Stage, readings: list[Reading]
@@ -282,7 +292,7 @@ class Experiment:
         }
         if training.prompt.rows:
             extra |= {"learning_rate": job.variant.learning_rate, "variant": job.variant.suffix.lstrip("-")}
-        self.finish(job, outcomes, extra, long)
+        self.finish(job, outcomes, extra | job.notes, long)
 
     def finish(self, job: Job, outcomes: Outcomes, extra: dict[str, Any], long: LongOutcome | None = None) -> None:
         """Write the job's result last of all, so that a job with a result is a finished one."""

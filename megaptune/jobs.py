@@ -39,7 +39,8 @@ class Selection:
 
 @dataclass(eq=False)
 class Job:
-    """A job of a run: what is trained or merely evaluated. ``number``: its own among all jobs of the run."""
+    """A job of a run: what is trained or merely evaluated. ``number``: its own among all jobs of the run; notes: what
+    its result says besides."""
 
     number: int
     method_name: MethodName
@@ -48,6 +49,7 @@ class Job:
     seed: int | None
     variant: Variant
     folder: Path
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> Method:

@@ -9,6 +9,8 @@ MethodName = Literal[
     "manual_autoprompt",
     "finetune",
     "manual+finetune",
+    "pet",
+    "ipet",
     "prompt_tuning",
     "ptuning",
     "ptuning+finetune",
@@ -23,7 +25,8 @@ chose their tokens by gradient (Shin et al. 2020)."""
 class Method:
     """label: in tables; prompt: the manual prompt, one of a set, the P-tuning template, or that template without
     pseudo tokens; encoder: of the prompt, where it is not the configuration's; deep: whether the trained prompt is keys
-    and values of every layer, in front of an input without pseudo tokens."""
+    and values of every layer, in front of an input without pseudo tokens; ensemble: whether models of several patterns
+    come first, whose labels it learns."""
 
     label: str
     prompt: Literal["manual", "template", "bare"] | PromptSet
@@ -31,6 +34,7 @@ class Method:
     tunes_lm: bool
     encoder: Literal["lstm", "mlp", "table"] | None = None
     deep: bool = False
+    ensemble: bool = False
 
     @property
     def trains(self) -> bool:
@@ -43,6 +47,8 @@ METHODS: dict[MethodName, Method] = {
     "manual_autoprompt": Method("AutoPrompt", "autoprompt", trains_prompt=False, tunes_lm=False),
     "finetune": Method("FT", "bare", trains_prompt=False, tunes_lm=True),
     "manual+finetune": Method("manual + FT", "manual", trains_prompt=False, tunes_lm=True),
+    "pet": Method("PET", "bare", trains_prompt=False, tunes_lm=True, ensemble=True),
+    "ipet": Method("iPET", "bare", trains_prompt=False, tunes_lm=True, ensemble=True),
     "prompt_tuning": Method("prompt tuning", "template", trains_prompt=True, tunes_lm=False, encoder="table"),
     "ptuning": Method("P-tuning", "template", trains_prompt=True, tunes_lm=False),
     "ptuning+finetune": Method("P-tuning + FT", "template", trains_prompt=True, tunes_lm=True),

@@ -1,4 +1,4 @@
-"""The configuration of a SuperGLUE task: which files, which splits, which patterns."""
+"""The configuration of a SuperGLUE task: which files, which splits, which patterns; and of PET, which needs them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,6 +67,42 @@ class SuperGlueTask(Limits):
         return found.get(task, [])
 
 
+class PetConfig(Section):
+    """PET and iPET (Schick and Schütze 2021): models of several patterns label examples that a classifier learns."""
+
+    patterns: dict[TaskName, PatternNames] = Field(
+        {}, description="manual patterns of the ensemble, by task; default: all that fit the backbone"
+    )
+    models: int = Field(1, ge=1, description="models tuned with each pattern, every one with a seed of its own")
+    file: Literal["unlabeled", "train", "test"] = Field(
+        "unlabeled", description="the file of examples to label; its labels are not read, the other splits' left out"
+    )
+    root: Path | list[Path] | None = Field(None, description="where that file is, by task; default: task.root")
+    limit: int | None = Field(None, ge=1, description="use this many of them, sampled by task.limit_seed")
+    weights: Literal["accuracy", "uniform"] = Field(
+        "accuracy", description="a model's weight: what its pattern scores on train before tuning, or the same for all"
+    )
+    temperature: float = Field(2.0, gt=0, description="of the labels, and of the classifier while it learns them")
+    epochs: int | None = Field(None, ge=1, description="of the classifier, at most; default: train.epochs")
+    lm_learning_rate: float | None = Field(
+        None, gt=0, description="under the classifier; default: train.lm_learning_rate"
+    )
+    head_learning_rate: float | None = Field(
+        None, gt=0, description="of the classifier's head; default: train.head_learning_rate"
+    )
+    generations: int = Field(3, ge=2, description="ipet: ensembles that are tuned one after the other")
+    growth: float = Field(5.0, gt=1, description="ipet: the training set grows by this factor each generation")
+    share: float = Field(0.25, gt=0, le=1, description="ipet: share of the other models that label for one, drawn")
+
+    @property
+    def roots(self) -> list[Path] | None:
+        return [self.root] if isinstance(self.root, Path) else self.root
+
+
+PET_TASKS: tuple[TaskName, ...] = ("BoolQ", "CB", "COPA", "MultiRC", "RTE", "WiC")
+"""Those whose examples all have the same options; WSC's and ReCoRD's have phrases of their own text."""
+
+
 def pattern_problems(task: SuperGlueTask, patterns: Mapping[TaskName, TaskPatterns]) -> list[str]:
     """What a task asks for that the section ``patterns`` does not have, as lines."""
     if not patterns:
@@ -86,4 +122,23 @@ def pattern_problems(task: SuperGlueTask, patterns: Mapping[TaskName, TaskPatter
                 for wanted in (asked if asked != "all" else [])
                 if wanted not in known
             ]
+    return problems
+
+
+def pet_problems(
+    method: str, pet: PetConfig, task: SuperGlueTask, patterns: Mapping[TaskName, TaskPatterns]
+) -> list[str]:
+    """Tasks whose models have no labels to share, and patterns that are not there, as lines."""
+    problems = [
+        f"method {method} cannot label {name}: its examples have phrases of their own for options; leave {name} out"
+        for name in (task.tasks if task.tasks != "all" else [])
+        if name not in PET_TASKS
+    ]
+    for name, asked in pet.patterns.items():
+        known = list(patterns[name].manual) if name in patterns else []
+        wrong = [wanted for wanted in (asked if asked != "all" else []) if wanted not in known]
+        there = ", ".join(known) or "none"
+        problems += [f"pet.patterns.{name} names the pattern {wanted!r} (there: {there})" for wanted in wrong]
+        if asked != "all" and len(set(asked)) < len(asked):
+            problems.append(f"pet.patterns.{name} repeats an entry: {asked}")
     return problems

@@ -20,20 +20,21 @@ from megaptune.pattern_examples import LabelExample, PatternEncoder
 from megaptune.patterns import Kind, TaskName, TaskPatterns, Use
 from megaptune.prompts.template import Template
 from megaptune.prompts.tokens import TokenForms
-from megaptune.superglue_config import SuperGlueTask
+from megaptune.superglue_config import PET_TASKS, PetConfig, SuperGlueTask
 from megaptune.tasks.superglue.loading import FileName, load_split
 from megaptune.tasks.superglue.metrics import score, task_score
 from megaptune.tasks.superglue.records import SplitData, SuperGlueRecord
 
-SplitName = Literal["train", "dev", "test", "unlabelled"]
-UseOf = Use | Literal["classifier"]
+SplitName = Literal["train", "dev", "test", "unlabelled", "to_label"]
+UseOf = Use | Literal["classifier", "ensemble"]
 USE_OF: dict[str, UseOf] = {"manual": "manual", "template": "ptuning", "bare": "classifier"}
 """What a method of each kind of prompt reads here."""
 
 
 @dataclass(frozen=True)
 class SuperGlueData:
-    """A task's files, limited and divided; ``unlabelled`` is the server's test set, if it is to be predicted."""
+    """A task's files, limited and divided; ``unlabelled`` is the server's test set, if it is to be predicted, and
+    ``to_label`` what an ensemble of patterns is to label."""
 
     task: TaskName
     splits: dict[SplitName, SplitData]
@@ -66,6 +67,7 @@ class EncodedOptions:
     test: list[OptionExample]
     unlabelled: list[OptionExample]
     encode: Callable[[SuperGlueRecord], OptionExample] = field(repr=False)
+    to_label: list[OptionExample] = field(default_factory=list)
 
     @property
     def reported(self) -> list[OptionExample]:
@@ -102,6 +104,11 @@ class PreparedSuperGlue:
     @property
     def prompts(self) -> list[EncodedOptions]:
         return list(self.found.values())
+
+    @property
+    def ensemble(self) -> list[EncodedOptions]:
+        """The task under every pattern of PET."""
+        return [encoded for (use, _), encoded in self.found.items() if use == "ensemble"]
 
     @property
     def swept(self) -> dict[str, EncodedOptions]:
@@ -153,9 +160,10 @@ class PreparedSuperGlue:
     def summary(self, vocabulary_size: int) -> str:
         """Counts, labels, what was skipped, patterns and baseline, for the console."""
         uses = ", ".join(f"{use} {name}".strip() for use, name in self.found)
+        left_out = "".join(f"\n  left out {method}: {why}" for method, why in self.left_out.items())
         base = "" if self.majority is None else f"\n  always the commonest label: score {100 * self.majority:.1f}"
         files = self.data.summary().replace("\n", "\n  ")
-        return f"{files}\n  reads {uses}{base}"
+        return f"{files}\n  reads {uses}{base}{left_out}"
 
 
 def load_superglue(config: Config) -> list[SuperGlueData]:
@@ -171,7 +179,8 @@ def load_superglue(config: Config) -> list[SuperGlueData]:
     if not there:
         roots = ", ".join(map(str, task.roots))
         raise DataError(f"task.root: no folder of a SuperGLUE task ({', '.join(config.tasks)}) in {roots}")
-    return [_load(task, name, trains) for name in there]
+    ensemble = any(METHODS[name].ensemble for name in config.methods)
+    return [_load(task, name, trains, config.pet if ensemble and name in PET_TASKS else None) for name in there]
 
 
 def absent_tasks(config: Config) -> list[TaskName]:
@@ -182,7 +191,7 @@ def absent_tasks(config: Config) -> list[TaskName]:
     return [name for name in config.tasks if not any((root / name).is_dir() for root in task.roots)]
 
 
-def _load(task: SuperGlueTask, name: TaskName, trains: bool) -> SuperGlueData:
+def _load(task: SuperGlueTask, name: TaskName, trains: bool, pet: PetConfig | None) -> SuperGlueData:
     places = task.splits_for(name)
     found: dict[SplitName, SplitData] = {}
     if trains:
@@ -196,7 +205,30 @@ def _load(task: SuperGlueTask, name: TaskName, trains: bool) -> SuperGlueData:
     found["test"] = limited(_file(task, name, places.test), task.limit_test, task.limit_seed)
     if task.predict_test:
         found["unlabelled"] = _file(task, name, "test")
+    if pet is not None:
+        known = [record for split in ("train", "dev", "test") for record in found[split].records]
+        found["to_label"] = limited(_to_label(task, name, pet, known), pet.limit, task.limit_seed)
     return SuperGlueData(name, found)
+
+
+def _to_label(task: SuperGlueTask, name: TaskName, pet: PetConfig, known: list[SuperGlueRecord]) -> SplitData:
+    """The examples that an ensemble labels: without labels, and none that is trained, selected or reported on.
+
+    :raises DataError: when none is left.
+    """
+    data = load_split(root_of(pet.roots or task.roots, name, pet.file), name, pet.file)
+    texts = {tuple(sorted(record.fields.items())) for record in known}
+    records = [
+        replace(record, label=None, answers=())
+        for record in data.records
+        if tuple(sorted(record.fields.items())) not in texts
+    ]
+    if not records:
+        raise DataError(
+            f"{name}: every example of its {pet.file} file is also one of train, dev or test; nothing is left for an "
+            "ensemble to label: name another pet.file, or as pet.root the folder of the undivided one"
+        )
+    return SplitData(name, f"{pet.file}, to be labelled", records)
 
 
 def _file(task: SuperGlueTask, name: TaskName, file: FileName) -> SplitData:
@@ -249,7 +281,7 @@ def prepare_superglue(
     task, patterns = config.task, config.patterns[data.task]
     assert isinstance(task, SuperGlueTask)
     found: dict[tuple[UseOf, str], EncodedOptions] = {}
-    uses: tuple[UseOf, ...] = ("manual", "ptuning", "classifier")
+    uses: tuple[Use | Literal["classifier"], ...] = ("manual", "ptuning", "classifier")
     for use in uses:
         methods = [METHODS[name] for name in config.methods if USE_OF[METHODS[name].prompt] == use]
         if not methods:
@@ -260,6 +292,21 @@ def prepare_superglue(
             continue
         for name in fitting(patterns, use, kind, task.patterns_of(use, data.task)):
             found[use, name] = _under_pattern(data, task, patterns, use, name, forms, kind, context_tokens, trains)
+    ensembles = [name for name in config.methods if METHODS[name].ensemble]
+    if "to_label" not in data.splits:
+        why = "its examples have phrases of their own for options"
+        return PreparedSuperGlue(data, found, dict.fromkeys(ensembles, why))
+    for name in fitting(patterns, "manual", kind, config.pet.patterns.get(data.task, "all")):
+        found["ensemble", name] = _under_pattern(
+            data, task, patterns, "manual", name, forms, kind, context_tokens, trains=True, labels=True
+        )
+    models = config.pet.models * sum(use == "ensemble" for use, _ in found)
+    if models < 2 and "ipet" in ensembles:
+        raise DataError(
+            f"{data.task}: ipet lets the other models label for each, and there is one model; name more patterns in "
+            f"pet.patterns (for a {kind} backbone: {', '.join(fitting(patterns, 'manual', kind, 'all'))}), or raise "
+            "pet.models"
+        )
     return PreparedSuperGlue(data, found)
 
 
@@ -286,6 +333,7 @@ def _under_pattern(
     kind: Kind,
     context_tokens: int,
     trains: bool,
+    labels: bool = False,
 ) -> EncodedOptions:
     encoder = PatternEncoder(data.task, patterns.pick(use, kind, name), patterns, forms, kind, context_tokens)
     rows = encoder.template.num_pseudo_tokens
@@ -316,7 +364,7 @@ def _under_pattern(
         () if words is None else words.labels,
         None if tokens is None else torch.tensor(tokens),
         train=[encode(record) for record in training],
-        **_evaluated(data, encode, trains),
+        **_evaluated(data, encode, trains, labels),
         encode=encode,
     )
 
@@ -333,18 +381,20 @@ def _for_classifier(
         encoder.labels,
         torch.tensor([0]),  # no token is asked for
         train=[encoder.encode(record) for record in encoder.training_records(data.splits["train"])],
-        **_evaluated(data, encoder.encode, trains=True),
+        **_evaluated(data, encoder.encode, trains=True, labels=True),
         encode=encoder.encode,
     )
 
 
 def _evaluated(
-    data: SuperGlueData, encode: Callable[[SuperGlueRecord], OptionExample], trains: bool
+    data: SuperGlueData, encode: Callable[[SuperGlueRecord], OptionExample], trains: bool, labels: bool
 ) -> dict[str, list[OptionExample]]:
-    wanted: tuple[SplitName, ...] = ("dev", "test", "unlabelled") if trains else ("test", "unlabelled")
+    wanted: set[SplitName] = {"test", "unlabelled"}
+    wanted |= {"dev"} if trains else set()
+    wanted |= {"to_label"} if labels else set()
     return {
         split: [encode(record) for record in data.splits[split].records]
         if split in wanted and split in data.splits
         else []
-        for split in ("dev", "test", "unlabelled")
+        for split in ("dev", "test", "unlabelled", "to_label")
     }

@@ -138,7 +138,7 @@ class Trainer:
         :raises DivergedError: when a tuned LM's loss or gradient is not finite; the last checkpoint stays. Prompts that
             diverge leave the bank and are named in :attr:`diverged`.
         """
-        self.host.weights.begin()
+        self.host.weights.begin(self.config.train)
         self.resume()
         self.keep_contexts()
         self.report.begin(self.active, self.waiting)

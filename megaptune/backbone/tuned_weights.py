@@ -69,7 +69,8 @@ class TunedWeights:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, train: TrainConfig) -> None:
+        self.train = train
         self.best, self.best_is_current = None, False
         if self.moved:
             self._base.state.clear()

@@ -5,14 +5,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megaptune.config import TrainConfig
+
 
 class Weights(Protocol):
     """Collective: every rank makes the same calls."""
 
     num_trained: int
 
-    def begin(self) -> None:
-        """The original weights, nothing learned, nothing remembered: how every job starts."""
+    def begin(self, train: TrainConfig) -> None:
+        """The original weights, nothing learned, nothing remembered: how every job starts. Its learning rate is that of
+        ``train``, in which nothing else may differ from job to job."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``, this replica's share of a step's loss."""
@@ -42,7 +45,7 @@ class FrozenWeights:
 
     num_trained = 0
 
-    def begin(self) -> None:
+    def begin(self, train: TrainConfig) -> None:
         pass
 
     def backward(self, loss: Tensor) -> None:

@@ -80,11 +80,14 @@ def dry_run(config: Config, machines: Machines, monitor: Monitor, check_memory: 
 
 def _require_data(config: Config) -> None:
     """Input paths were read leniently, so that a backbone may be absent; data may not."""
-    for key in ("root", "word_list", "train", "dev", "test"):
-        value = getattr(config.task, key, None)
+    task = ("root", "word_list", "train", "dev", "test")
+    for key, value in [
+        ("pet.root", config.pet.root),
+        *((f"task.{key}", getattr(config.task, key, None)) for key in task),
+    ]:
         unset = unset_variable(str(value)) if value is not None else None
         if unset:
-            raise ConfigError(f"task.{key}: {str(value)!r} uses the environment variable {unset}, which is not set")
+            raise ConfigError(f"{key}: {str(value)!r} uses the environment variable {unset}, which is not set")
 
 
 def _tasks(config: Config, source: Source, shapes: Shapes, monitor: Monitor) -> tuple[list[Lengths], Workload]:

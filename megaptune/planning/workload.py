@@ -21,6 +21,7 @@ from megaptune.preparation import PreparedRun
 from megaptune.prompts.encoder import build_encoder
 from megaptune.prompts.template import Template, Text
 from megaptune.superglue_config import SuperGlueTask
+from megaptune.superglue_examples import EncodedOptions
 from megaptune.tasks.records import Record
 
 LAMA_RELATIONS = 41  # of T-REx
@@ -86,7 +87,9 @@ class Workload:
         """From a run's own data, its longest inputs and largest candidate sets."""
         tasks = [encoded for prepared in run.tasks for encoded in prepared.prompts]
         train = [example.length for task in tasks for example in task.train]
-        other = [example.length for task in tasks for example in (*task.dev, *task.test)]
+        labelled = [example.length for task in tasks if isinstance(task, EncodedOptions) for example in task.to_label]
+        train += labelled  # PET trains on them too
+        other = labelled + [example.length for task in tasks for example in (*task.dev, *task.test)]
         counts: dict[Reading, int | None] = {"vocabulary": None}
         for prepared in run.tasks:
             for reading, ids in prepared.candidates.items():

@@ -132,6 +132,10 @@ class SuperGlueTable:
             "*majority*: the score of always answering train's commonest label. *FT*: the LM itself is tuned, alone "
             "under a classification head."
         )
+        if any(METHODS[method].ensemble for method in self.methods):
+            notes += (
+                " *PET*, *iPET*: such a head learned labels that models of several patterns gave unlabelled records."
+            )
         lines += ["", notes]
         if self.patterns:
             lines += [

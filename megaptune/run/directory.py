@@ -10,6 +10,7 @@ results.json|.md   the table
 checkpoints/       of the prompts that train together, until they have their results
 contexts/          keys and values that a resumed run need not compute again; gone when training ends
 jobs/TASK/METHOD/  result.json, predictions.jsonl, prompt/ (the trained prompt); checkpoints/ while a LM is tuned
+models/TASK/MODEL/ scores.jsonl of models that only label for others (PET); checkpoints/ while they are tuned
 submission/METHOD/ predictions of SuperGLUE's unlabelled test files, where they are asked for
 """
 
@@ -43,6 +44,12 @@ class RunDirectory:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def model(self, task: str, name: str) -> Path:
+        """Where a model keeps its files that is no job of its own, but a stage of one."""
+        folder = self.path / "models" / task / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def claim(self, config: Config) -> bool:
         """Create the directory, or check that it belongs to this configuration; whether it was there before.
 
@@ -65,7 +72,7 @@ class RunDirectory:
         return known
 
     def _has_progress(self) -> bool:
-        return any(self.path.glob("jobs/*/*/*")) or any(self.path.glob("checkpoints/*"))
+        return any(any(self.path.glob(kept)) for kept in ("jobs/*/*/*", "models/*/*/*", "checkpoints/*"))
 
     def _compare(self, config: Config) -> None:
         try:

@@ -147,7 +147,8 @@ def _data_files(config: Config) -> list[Path]:
     files = [task.word_list] if task.word_list else []
     if isinstance(task, SuperGlueTask):
         names = [f"{name}/*.jsonl" for name in config.tasks]
-        return [file for root in task.roots for name in names for file in sorted(root.glob(name))]
+        roots = [*task.roots, *(config.pet.roots or [])]
+        return [file for root in roots for name in names for file in sorted(root.glob(name))]
     if isinstance(task, LamaTask):
         return [*files, task.root / "relations.jsonl", *sorted(task.root.glob("fact-retrieval/original/*/*.jsonl"))]
     return [*files, *(path for path in (task.train, task.dev, task.test) if path is not None)]

@@ -14,8 +14,10 @@ from megaptune.methods import PROMPT_SETS
 
 pytestmark = pytest.mark.dist
 
-METHODS = {name: method for name, method in ALL_METHODS.items() if name not in PROMPT_SETS.values()}
-"""Those of a custom task, which has no prompts of LPAQA or AutoPrompt."""
+METHODS = {
+    name: method for name, method in ALL_METHODS.items() if name not in PROMPT_SETS.values() and not method.ensemble
+}
+"""Those of a custom task, which has no prompts of LPAQA or AutoPrompt; PET is for SuperGLUE."""
 TUNED = [name for name, method in METHODS.items() if method.tunes_lm]
 
 

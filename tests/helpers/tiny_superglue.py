@@ -1,6 +1,6 @@
 """All eight SuperGLUE tasks in a few words each, in the official layout, and tiny backbones whose tokenizers know them.
 
-    root = write_superglue(tmp_path / "data")            # <task>/{train,dev32,val,test}.jsonl
+    root = write_superglue(tmp_path / "data")            # <task>/{train,dev32,val,test}.jsonl, unlabeled too
     folder = save_backbone("llama", tmp_path / "llama")  # or "bert"
     config = write_config(tmp_path, root, folder, tasks=["RTE"], methods=["ptuning"])
 
@@ -28,10 +28,11 @@ NAMES = ["Anna", "Tom", "Mia", "Lars", "Oslo", "Rome"]
 DEEDS = ["won the race", "lost the old hat", "held the rope", "sold a boat"]
 
 
-def write_superglue(root: Path, train: int = 12, dev: int = 6, val: int = 8, test: int = 3) -> Path:
+def write_superglue(root: Path, train: int = 12, dev: int = 6, val: int = 8, test: int = 3, unlabeled: int = 0) -> Path:
     """The same bytes every time. WSC's train has true examples only, as FewGLUE's."""
     rng = random.Random(11)
     counts = {"train": train, "dev32": dev, "val": val, "test": test}
+    counts |= {"unlabeled": unlabeled} if unlabeled else {}
     for task in TASKS:
         number = 0
         for split, count in counts.items():
@@ -44,7 +45,7 @@ def write_superglue(root: Path, train: int = 12, dev: int = 6, val: int = 8, tes
 
 
 def _row(task: TaskName, n: int, rng: random.Random, split: str) -> dict[str, Any]:
-    labelled = split != "test"
+    labelled = split not in ("test", "unlabeled")
     one, other = rng.sample(NAMES, 2)
     deed, another = rng.sample(DEEDS, 2)
     story = f"{one} {deed}. {other} {another}. " + " ".join(rng.choices(NAMES, k=rng.randrange(4)))

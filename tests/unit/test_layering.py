@@ -39,7 +39,7 @@ pattern_examples        option_examples  classifier_examples
 examples                superglue_examples  batches  scoring  option_scoring  evaluation
 long_answers
 jobs                    training_report  training_state
-trainer                 option_models  preparation
+trainer                 option_models  preparation      soft_labels  pet
 planning                planning.layout  planning.activations  planning.workload  planning.memory
 planning.communication  planning.choice  planning.settle  planning.source
 planning.report         planning.dry_run  planning.session
