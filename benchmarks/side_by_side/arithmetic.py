@@ -85,11 +85,11 @@ class _Count(TorchDispatchMode):
 
 
 def count(work: Callable[[], Any], weights: Mapping[str, Sequence[Tensor]]) -> Arithmetic:
-    """What ``work`` computes.
+    """What ``work`` computes; compiled code runs as it was written, and is compiled again afterwards.
 
     :param weights: matrices by what they belong to, ``blocks`` among them; products with others count as "other".
     """
-    with _Count(weights) as counter:
+    with torch.compiler.set_stance("force_eager"), _Count(weights) as counter:
         work()
     return counter.found
 

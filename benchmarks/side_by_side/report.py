@@ -93,20 +93,20 @@ def save(rows: Sequence[Row], turns: Sequence[tuple[str, Turn]], threads: int, f
 
 
 def plot(rows: Sequence[Row], place: dict[str, str], path: Path) -> None:
-    """Bars of the speed over PEFT's, one panel a scenario; the thin line is the spread of rounds."""
+    """Bars of the speed over PEFT's, a bank's over one by one; the thin line is the spread of rounds."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "speed"  # equal figures give equal files
     from matplotlib import pyplot
 
-    scenarios = list(dict.fromkeys(row.scenario for row in rows if row.over_peft is not None))
+    scenarios = list(dict.fromkeys(row.scenario for row in rows))
     counts = [sum(row.scenario == name for row in rows) for name in scenarios]
     height = 1.2 + 0.32 * sum(counts) + 0.5 * len(counts)
     figure, panels = pyplot.subplots(len(scenarios), 1, figsize=(8, height), height_ratios=counts, squeeze=False)
     for scenario, panel in zip(scenarios, panels[:, 0], strict=True):
-        chosen = [row for row in rows if row.scenario == scenario and row.over_peft is not None]
-        ratios: list[Any] = [row.over_peft for row in chosen]
+        chosen = [row for row in rows if row.scenario == scenario]
+        ratios: list[Any] = [row.over_peft or row.over_one_by_one for row in chosen]
         medians = [ratio.median for ratio in ratios]
         spread = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
         colours = [COLOURS.get(row.way, OURS) for row in chosen]
@@ -114,11 +114,12 @@ def plot(rows: Sequence[Row], place: dict[str, str], path: Path) -> None:
         for number, value in enumerate(medians):
             panel.annotate(f" {value:.1f}", (ratios[number].high, number), va="center", fontsize=8)
         panel.invert_yaxis()
-        panel.set_title(f"{scenario}: {chosen[0].data}", loc="left", fontsize=9)
+        over = "PEFT" if chosen[0].over_peft else "one by one"
+        panel.set_title(f"{scenario}, over {over}: {chosen[0].data}", loc="left", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
         panel.margins(x=0.1)
-    panels[-1, 0].set_xlabel(f"speed over PEFT's ({place['machine']}, {place['threads']} threads)", fontsize=8)
+    panels[-1, 0].set_xlabel(f"speed over the first way's ({place['machine']}, {place['threads']} threads)", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

@@ -242,7 +242,7 @@ class Megaptune(OnATable):
         return evaluate(self.host, chosen, table, scorers, batch, self.pad_id)["vocabulary"].loss  # type: ignore[arg-type]
 
     def weights(self) -> dict[str, list[Tensor]]:
-        return {"blocks": _block_matrices(self.host.module.body), "head": [self.scorer.rows.weight]}
+        return {"blocks": block_matrices(self.host.module.body), "head": [self.scorer.rows.weight]}
 
 
 class Hosts:
@@ -263,10 +263,10 @@ class Hosts:
 
 
 def _matrices(model: Any) -> dict[str, list[Tensor]]:
-    return {"blocks": _block_matrices(model.base_model), "head": [model.get_output_embeddings().weight]}
+    return {"blocks": block_matrices(model.base_model), "head": [model.get_output_embeddings().weight]}
 
 
-def _block_matrices(body: nn.Module) -> list[Tensor]:
+def block_matrices(body: nn.Module) -> list[Tensor]:
     """All matrices but the embedding's."""
     embedding = body.get_input_embeddings().weight
     return [tensor for tensor in body.parameters() if tensor.dim() == 2 and tensor is not embedding]

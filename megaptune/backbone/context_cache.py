@@ -10,6 +10,7 @@ L layers, k key-value heads of this rank, E head width, S sequences, P tokens of
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ class ContextCache:
         if folder is None:
             self.room.disk = 0
         self.places: dict[Context, tuple[Tensor, int]] = {}  # a context's chunk, and its first token there
+        self.space: Tensor | None = None
         self.problem = ""  # why files could not be written
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -110,13 +112,23 @@ class ContextCache:
         some, _ = next(place for place in found if place is not None)
         layers, two, heads, _, width = some.shape
         longest = max(len(context) for context in contexts)
-        kept = some.new_empty(layers, two, len(contexts), heads, longest, width, device=self.device)
+        kept = self._space(some, (layers, two, len(contexts), heads, longest, width))
         for number, (context, place) in enumerate(zip(contexts, found, strict=True)):
             kept[:, :, number, :, len(context) :] = 0
             if place is not None:
                 chunk, first = place
                 kept[:, :, number, :, : len(context)] = chunk[:, :, :, first : first + len(context)]
         return kept
+
+    def _space(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Memory to lay contexts out in, the same for every batch: fresh pages cost a CPU more than the copy.
+
+        A backward pass that came after the next batch's forward would be refused by autograd, not wrong.
+        """
+        size = math.prod(shape)
+        if self.space is None or self.space.numel() < size:
+            self.space = like.new_empty(size, device=self.device)
+        return self.space[:size].view(shape)
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 

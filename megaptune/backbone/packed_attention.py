@@ -1,7 +1,7 @@
 """Attention over a packed batch, in place of transformers' own; and layers that run at the answers alone.
 
 transformers lets attention be any registered function. This one lays the packed queries, keys and values side by side,
-puts each sequence's prefix before its own keys, and calls torch's fused attention. All other layers of a block see N
+puts each sequence's prefix before its own keys, and attends. All other layers of a block see N
 tokens of one example, none of them padding.
 
 S sequences, Q tokens of the longest, P of the longest prefix, N packed tokens, K query heads, k key-value heads, E head
@@ -107,17 +107,36 @@ def _packed_attention(reading: Reading, query: Tensor, key: Tensor, value: Tenso
         keys, values = (
             torch.cat([_Prefixes.apply(own[:, :, :length], packed.leads), own], dim=2) for own in (keys, values)
         )
-    elif reading.context is not None:
-        keys = torch.cat([reading.context[0], keys], dim=2)
-        values = torch.cat([reading.context[1], values], dim=2)
     sequences, kv_heads = keys.shape[:2]
     length = packed.visible.shape[1]
     repeats = query.shape[1] // kv_heads  # query heads that share a key-value head lie along the queries
     queries = _side_by_side(query, packed).unflatten(1, (kv_heads, repeats)).flatten(2, 3)
-    found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=reading.mask, scale=scale)
+    if reading.context is None:
+        found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=reading.mask, scale=scale)
+    else:
+        assert reading.mask is not None
+        found = _behind_context(queries, keys, values, reading.context, reading.mask, scale)
     found = found.unflatten(2, (repeats, length)).permute(0, 3, 1, 2, 4)  # [S, Q, k, repeats, E]
     flat = found.reshape(sequences * length, query.shape[1], query.shape[3])
     return _PickRows.apply(flat, packed.order)[None]
+
+
+def _behind_context(
+    queries: Tensor, keys: Tensor, values: Tensor, context: Tensor, mask: Tensor, scale: float | None
+) -> Tensor:
+    """Attention to a context's keys and values [2, S, k, P, E], then to own ones [S, k, Q, E].
+
+    On a GPU by torch's fused attention, which holds no weights. A CPU is faster with the products themselves: contexts
+    are long, are read where they lie, and their gradients, which nobody wants, are not computed.
+    """
+    if context.is_cuda:
+        keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    length = context.shape[3]
+    queries = queries * (queries.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.cat([queries @ context[0].transpose(2, 3), queries @ keys.transpose(2, 3)], dim=3)
+    weights = torch.softmax(scores + mask, dim=3)
+    return weights[..., :length] @ context[1] + weights[..., length:] @ values
 
 
 def _side_by_side(x: Tensor, packed: Packed) -> Tensor:

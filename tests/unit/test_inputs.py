@@ -2,6 +2,7 @@
 
 import torch
 
+from megaptune.backbone import packed_attention
 from megaptune.backbone.inputs import pack, pad
 
 CPU = torch.device("cpu")
@@ -57,3 +58,16 @@ def test_padding_that_is_asked_for_counts_nothing():
     assert packed.slots.tolist() == [[*LONG, *OTHER, 0, 0, 0]]
     assert packed.visible[1, 2].int().tolist() == [1, 1, 1, 0, 0, 0]
     assert packed.answers.tolist() == [5, 8]
+
+
+def test_attention_behind_a_context_is_torchs_attention_over_both():
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(2, 3, 8, 16), torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16)
+    context = torch.randn(2, 2, 3, 5, 16)
+    mask = torch.zeros(2, 1, 8, 9).masked_fill_(torch.rand(2, 1, 8, 9) < 0.3, float("-inf"))
+    mask[..., 0] = 0
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        queries, torch.cat([context[0], keys], 2), torch.cat([context[1], values], 2), attn_mask=mask, scale=0.3
+    )
+    found = packed_attention._behind_context(queries, keys, values, context, mask, 0.3)
+    assert torch.allclose(found, wanted, atol=1e-6)
