@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from pydantic import BaseModel
 
 from megaptune import __version__
 from megaptune.config import Config, load_config
@@ -233,8 +234,9 @@ def options(
     from megaptune.config_files import options_table
     from megaptune.pretraining.config import PretrainConfig
 
+    schema: type[BaseModel] = Config if of == "train" else PretrainConfig
     typer.echo("| key | type | default | meaning |\n| --- | --- | --- | --- |")
-    for row in options_table({"train": Config, "pretrain": PretrainConfig}[of]):
+    for row in options_table(schema):
         typer.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{row[0]}`", *row[1:])) + " |")
 
 
