@@ -281,28 +281,15 @@ class BackboneHost:
         if virtual_tokens:
             assert self.deep is not None, "preparation refuses other families"
             assert first_rows is not None
-            return pack(
-                slots,
-                answers,
-                groups,
-                masked=masked,
-                device=self.device,
-                pad_id=None if speed.packing else pad_id,
-                prompts=[row // (virtual_tokens * self.deep.rows) for row in first_rows],
-                virtual_tokens=virtual_tokens,
-            )
-        if not self.packs:
+            prompts = [row // (virtual_tokens * self.deep.rows) for row in first_rows]
+            prefix: dict[str, Any] = {"prompts": prompts, "virtual_tokens": virtual_tokens}
+        elif not self.packs:
             return pad(slots, answers, pad_id, masked, self.device)
-        return pack(
-            slots,
-            answers,
-            groups,
-            masked=masked,
-            device=self.device,
-            contexts=self.contexts.lengths(slots) if self.contexts is not None and keeps else None,
-            share_leads=speed.share_leading_tokens and not masked,
-            pad_id=None if speed.packing else pad_id,
-        )
+        else:
+            kept = self.contexts.lengths(slots) if self.contexts is not None and keeps else None
+            prefix = {"contexts": kept, "share_leads": speed.share_leading_tokens and not masked}
+        filled = None if speed.packing else pad_id
+        return pack(slots, answers, groups, masked=masked, device=self.device, pad_id=filled, **prefix)
 
     def features(self, inputs: Inputs, table: Tensor, everywhere: bool = False) -> Tensor:
         """Features [B, D] that score the answers (one for every position that is read, in the order of the examples),

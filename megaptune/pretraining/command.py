@@ -73,6 +73,7 @@ def pretrain(config: PretrainConfig, monitor: Monitor) -> None:
             "parameters": parameters,
             "vocabulary": len(tokenizer),
             "seconds": round(training.seconds, 1),
+            "cpu_seconds": round(training.cpu_seconds, 1),
             "settings": identity,
         }
         _publish(model, tokenizer, summary, work, target)

@@ -49,7 +49,7 @@ class Training:
         ]
         self.total_steps = sum(map(len, self.epochs))
         self.step = 0
-        self.seconds = 0.0  # of all starts together
+        self.seconds = self.cpu_seconds = 0.0  # of all starts together; waiting is no CPU time
         self.held_out: list[dict[str, float]] = []  # the loss after each epoch
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class Training:
         """
         run = self.config.run
         pace = Pace(self.total_steps, self.step)
-        mark = time.monotonic()
+        mark, cpu_mark = time.monotonic(), time.process_time()
         for epoch, indices, last in self._remaining():
             value, tokens = self._take_step(indices)
             pace.mark(self.step, len(indices), tokens)
@@ -77,7 +77,9 @@ class Training:
                 self.held_out.append({"epoch": epoch + 1, "loss": held_out})
                 monitor.say(f"epoch {epoch + 1}/{len(self.epochs)}: held-out loss {held_out:.4f}")
             if stop or last or self.step % run.checkpoint_every_steps == 0:
-                self.seconds, mark = self.seconds + time.monotonic() - mark, time.monotonic()
+                now, cpu_now = time.monotonic(), time.process_time()
+                self.seconds, self.cpu_seconds = self.seconds + now - mark, self.cpu_seconds + cpu_now - cpu_mark
+                mark, cpu_mark = now, cpu_now
                 self.save(checkpoint)
             if stop and self.step < self.total_steps:
                 stop.leave()
@@ -154,6 +156,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "held_out": self.held_out,
         }
         try:
@@ -173,7 +176,8 @@ class Training:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds, self.held_out = state["step"], state["seconds"], state["held_out"]
+            self.step, self.held_out = state["step"], state["held_out"]
+            self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({first_line(error)}); remove {path.parent} to start over"

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from megaptune.baselines import baselines, easy
 from megaptune.config import LONG_ANSWERS, Reading
 from megaptune.evaluation import Outcome
-from megaptune.examples import EncodedTask, PreparedTask, baselines, easy
+from megaptune.examples import EncodedTask, PreparedTask
 from megaptune.jobs import Job
 from megaptune.long_answers import BEST, LongOutcome
 from megaptune.preparation import PreparedRun

@@ -198,12 +198,13 @@ def albert(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", [GPT2, BERT, "albert"])
 def test_a_prompt_is_tuned_on_the_folder(kind: str, trained: dict[str, Path], tmp_path: Path):
-    """The parity tests do it with random folders of GPT-2, BERT and RoBERTa."""
+    """The run ends well and its prompt reaches the answers. The parity tests have random GPT-2, BERT and RoBERTa."""
     place = trained[kind] if kind in trained else albert(tmp_path / "albert")
     config = write_config(tmp_path, kind, backbone={"path": str(place)}, train={"epochs": 4, "learning_rate": 3e-3})
     run_ranks(1, train, config)
     dev = [line["loss"] for line in metrics(tmp_path / "run") if line["kind"] == "dev"]
     assert dev[-1] < dev[0]
+    assert json.loads((tmp_path / "run" / "state.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 
 @pytest.mark.parametrize(

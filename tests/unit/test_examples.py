@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from tiny import COUNTRIES, UNKNOWN_WORD
 
+from megaptune.baselines import baselines
 from megaptune.config import Config, validate
 from megaptune.errors import DataError
-from megaptune.examples import PreparedTask, baselines, prepare_task
+from megaptune.examples import PreparedTask, prepare_task
 from megaptune.methods import METHODS
 from megaptune.prompts.tokens import TokenForms
 from megaptune.tasks.records import Record, Split, TaskData

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "megaptune"
 LAYERS = """
 __init__
 errors
-config_files            patterns  methods  config_base  superglue_config  config  schedule
+config_files            patterns  methods  config_base  fact_config  hosting_config
+superglue_config        config  schedule
 run                     run.files  run.roll_call  run.topology  run.grid  run.exact_sum  run.stopping  run.monitor
 backbone                backbone.weight_files  backbone.architectures  backbone.checkpoint_reader
 backbone.description
@@ -35,7 +36,7 @@ tasks.superglue         tasks.superglue.records  tasks.superglue.spans  tasks.su
 tasks.superglue.readers  tasks.superglue.loading  tasks.superglue.metrics  tasks.superglue.submission
 prompts                 prompts.tokens  prompts.shortening  prompts.template  prompts.verbalizer
 prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack  prompts.bank
-pattern_examples        option_examples  classifier_examples
+baselines               pattern_examples        option_examples  classifier_examples
 examples                superglue_examples  batches  scoring  option_scoring  evaluation
 long_answers
 jobs                    training_report  training_state
