@@ -1,6 +1,6 @@
 """LAMA and a user's own facts: P@1 by prompt type, by relation and by relation type."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from megaptune.report import plots
@@ -66,7 +66,7 @@ def _paper_table(scores: list[Scores]) -> Table:
         for one in scores:
             for reading in one.readings:
                 measure = figure(reading, P_AT_1)
-                row += [_text(one.average(one.tasks, line, measure, micro=kind == "micro")) for kind in _KINDS]
+                row += [_text(one.average(one.tasks, line, measure, _weigh(kind, reading))) for kind in _KINDS]
         swept = any(len(one.variants(line.method)) > 1 for one in scores)
         for setting, model in models:
             theirs = settings[setting].get(line.method, {})
@@ -81,6 +81,11 @@ def _paper_table(scores: list[Scores]) -> Table:
 
 
 _KINDS = ("macro", "micro")
+
+
+def _weigh(kind: str, reading: str) -> str | None:
+    """The reading whose numbers of records a micro average weighs by."""
+    return reading if kind == "micro" else None
 
 
 def _models(table: dict[str, dict[str, Figure]]) -> list[str]:
@@ -99,7 +104,7 @@ def _size(one: Scores) -> str:
 
 def _gains(scores: list[Scores]) -> list[CellText]:
     return [
-        _gain(partial(one.average, one.tasks, measure=figure(reading, P_AT_1), micro=kind == "micro"), one)
+        _gain(partial(one.average, one.tasks, measure=figure(reading, P_AT_1), micro=_weigh(kind, reading)), one)
         for one in scores
         for reading in one.readings
         for kind in _KINDS
@@ -133,8 +138,8 @@ def _relation_table(scores: list[Scores], reading: str) -> Table:
     for task in tasks:
         row: list[CellText] = [task]
         row += [str(_about(scores, task, "label")), types[task]] if lama else []
-        row += [_merged([one.test_count(task) for one in scores]), _candidates(scores, task, reading)]
-        row.append(_majority(scores, task))
+        row += [_merged([one.test_count(task, reading) for one in scores]), _candidates(scores, task, reading)]
+        row.append(_majority(scores, task, reading))
         for one in scores:
             row += [_text(one.cell(task, line, measure)) for line in one.lines]
             row.append(_gain(partial(one.cell, task, measure=measure), one))
@@ -145,9 +150,10 @@ def _relation_table(scores: list[Scores], reading: str) -> Table:
         for kind in _KINDS:
             mine = {one.run.name: [task for task in members if task in one.tasks] for one in scores}
             row = [f"{kind} average{label}", *([""] * 2 if lama else [])]
-            row += [_merged([sum(one.test_count(task) or 0 for task in mine[one.run.name]) for one in scores]), "", ""]
+            records = (sum(one.test_count(task, reading) or 0 for task in mine[one.run.name]) for one in scores)
+            row += [_merged([*records]), "", ""]
             for one in scores:
-                average = partial(one.average, mine[one.run.name], measure=measure, micro=kind == "micro")
+                average = partial(one.average, mine[one.run.name], measure=measure, micro=_weigh(kind, reading))
                 row += [_text(average(line=line)) for line in one.lines]
                 row.append(_gain(average, one))
             rows.append(row)
@@ -169,8 +175,11 @@ def _about(scores: list[Scores], task: str, key: str) -> object:
     return next((found for one in scores if (found := one.about(task, key, None)) is not None), "")
 
 
-def _majority(scores: list[Scores], task: str) -> str:
-    baselines = _about(scores, task, "baselines")
+def _majority(scores: list[Scores], task: str, reading: str) -> str:
+    """Of the records that count under this reading."""
+    others = _about(scores, task, "baselines_of")
+    baselines = others.get(reading) if isinstance(others, dict) else None
+    baselines = _about(scores, task, "baselines") if baselines is None else baselines
     return f"{100 * baselines['majority']:.1f}" if isinstance(baselines, dict) and "majority" in baselines else ""
 
 
@@ -179,7 +188,7 @@ def _candidates(scores: list[Scores], task: str, reading: str) -> str:
     return _merged([found.get(reading) for found in stated if isinstance(found, dict)])
 
 
-def _merged(numbers: list[int | None]) -> str:
+def _merged(numbers: Sequence[int | None]) -> str:
     """One number where the runs agree, else all of them."""
     return " / ".join(dict.fromkeys(str(number) for number in numbers if number is not None))
 

@@ -76,9 +76,10 @@ class JobRecord:
         found = [value for key, value in self.result.items() if key.startswith("best_dev") and _is_number(value)]
         return float(found[0]) if found else None
 
-    @property
-    def test_count(self) -> int | None:
-        return self.result.get("counts", {}).get("test")
+    def test_count(self, reading: str = "") -> int | None:
+        """Records that count under ``reading``: a word list leaves some out, answers of several tokens bring some."""
+        count = self.test.get(reading, {}).get("count")
+        return self.result.get("counts", {}).get("test") if count is None else int(count)
 
 
 @dataclass
@@ -230,7 +231,13 @@ def _jobs(run: Run) -> Iterable[JobRecord]:
                     yield JobRecord(task, method, seed, "", "not started", "", {}, {})
 
 
-_MAPPINGS = ("counts", "candidates", "baselines", "splits")  # of a result, left out where they are something else
+_MAPPINGS = (
+    "counts",
+    "candidates",
+    "baselines",
+    "baselines_of",
+    "splits",
+)  # of a result, left out where they are something else
 
 
 def _job(run: Run, folder: Path, method: str, seed: int | None, variant: str) -> JobRecord:

@@ -130,8 +130,10 @@ class Scores:
         spread = Spread.of([mean(values.values()) for values in found if values])
         return None if spread is None else Cell(spread, 1, 1, spread.seeds)
 
-    def average(self, tasks: list[str], line: Line, measure: Measure, micro: bool = False) -> Cell | None:
+    def average(self, tasks: list[str], line: Line, measure: Measure, micro: str | None = None) -> Cell | None:
         """Averaged over tasks per seed first, so that the deviation is that of the average.
+
+        :param micro: the reading by whose number of records tasks weigh; None: all alike.
 
         Seeds that have all tasks count; where none has, the tasks that every seed begun has. The cell says so.
         """
@@ -144,7 +146,7 @@ class Scores:
         if not whole:
             used = [task for task in tasks if all(seed in by_task[task] for seed in seeds)]
             whole = seeds if used else []
-        weights = [float(self.test_count(task) or 0) if micro else 1.0 for task in used]
+        weights = [1.0 if micro is None else float(self.test_count(task, micro) or 0) for task in used]
         if not whole or not sum(weights):
             return None
         sums = [
@@ -155,8 +157,9 @@ class Scores:
         assert spread is not None, "there is a seed"
         return Cell(spread, len(used), len(tasks), self.of_seeds(line.method))
 
-    def test_count(self, task: str) -> int | None:
-        return next((job.test_count for job in self.jobs if job.task == task and job.test_count is not None), None)
+    def test_count(self, task: str, reading: str = "") -> int | None:
+        counts = (job.test_count(reading) for job in self.jobs if job.task == task)
+        return next((count for count in counts if count is not None), None)
 
     def about(self, task: str, key: str, default: object = "") -> object:
         """What every result of a task states alike: its label, type, baselines."""

@@ -59,7 +59,7 @@ def prompt_groups(runs: list[Run]) -> list[Group]:
             template = job.result.get("template")
             if value is None or not isinstance(template, str):
                 continue
-            key = job.task, job.method, identity, reading, job.test_count
+            key = job.task, job.method, identity, reading, job.test_count(reading)
             figures.setdefault(key, {}).setdefault(template, []).append(value)
             names.setdefault(key, []).append(run.name)
     tasks = list(dict.fromkeys(key[0] for key in figures))

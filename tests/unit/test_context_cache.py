@@ -49,6 +49,17 @@ def assert_gathers(kept: ContextCache, contexts) -> None:
         assert not found[:, :, number, :, len(context) :].any()
 
 
+def test_batches_share_the_memory_and_none_is_overwritten_under_a_backward_pass():
+    kept = cache()
+    kept.keep(CONTEXTS)
+    queries = torch.ones(WIDTH, requires_grad=True)
+    first = kept.gather(CONTEXTS[:1])
+    scores = first @ queries
+    assert kept.gather(CONTEXTS[2:]).data_ptr() == first.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.sum().backward()
+
+
 def test_a_context_is_what_precedes_the_first_pseudo_token():
     assert context_of([5, 6, -1, 7]) == (5, 6)
     assert context_of([-1, 5]) == context_of([5, 6]) == ()

@@ -158,7 +158,7 @@ def test_averages_by_hand(tmp_path: Path):
     scores, measure = Scores(run), figure("word_list", "p_at_1")
     # Seed 0 alone has all relations: macro (50 + 70 + 30) / 3, micro (100 * 50 + 300 * 70 + 100 * 30) / 500.
     macro = scores.average(["P17", "P36", "P103"], Line("ptuning"), measure)
-    micro = scores.average(["P17", "P36", "P103"], Line("ptuning"), measure, micro=True)
+    micro = scores.average(["P17", "P36", "P103"], Line("ptuning"), measure, micro="word_list")
     assert macro is not None
     assert micro is not None
     assert macro.spread.mean == pytest.approx(0.5)
@@ -168,6 +168,22 @@ def test_averages_by_hand(tmp_path: Path):
     assert both is not None
     assert both.whole
     assert both.spread.deviation == pytest.approx(0.1 / math.sqrt(2))
+
+
+def test_a_reading_that_leaves_records_out_has_its_own_counts_and_majority(tmp_path: Path):
+    folder = lama_run(tmp_path / "lama")
+    for file in (folder / "jobs" / "P36").glob("*/result.json"):
+        result = json.loads(file.read_text())
+        result["test"]["word_list"]["count"] = 100
+        result["baselines_of"] = {"word_list": {"majority": 0.9}}
+        file.write_text(json.dumps(result))
+    (run,) = read_runs([folder])
+    micro = Scores(run).average(["P17", "P36"], Line("manual"), figure("word_list", "p_at_1"), micro="word_list")
+    assert micro is not None
+    assert micro.spread.mean == pytest.approx((100 * 0.2 + 100 * 0.6) / 200)
+    for reading, expected in (("word_list", ["100", "1000", "90.0"]), ("answers", ["300", "7", "10.0"])):
+        (row,) = (row for row in _relation_table([Scores(run)], reading).rows if row[0] == "P36")
+        assert row[3:6] == expected
 
 
 def test_variants_are_chosen_by_dev_even_where_test_disagrees(tmp_path: Path):
