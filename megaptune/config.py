@@ -15,7 +15,7 @@ from megaptune.config_base import Section
 from megaptune.fact_config import LONG_ANSWERS, READINGS, CustomTask, LamaTask, Reading, TaskConfig
 from megaptune.hosting_config import KernelConfig, LaunchConfig, ParallelConfig, SpeedConfig
 from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
-from megaptune.patterns import PatternBook, TaskName
+from megaptune.patterns import PatternBook, TaskName, Use
 from megaptune.superglue_config import PetConfig, SuperGlueTask, pattern_problems, pet_problems
 
 EncoderName = Literal["lstm", "mlp", "table", "deep_table", "deep_mlp"]
@@ -235,8 +235,6 @@ class Config(Section):
         problems += self._layout_problems()
         if self.deep and not self.speed.answers_only:
             problems.append("method deep_ptuning reads packed batches, at the answers alone: set speed.answers_only")
-        if self.deep and isinstance(self.task, SuperGlueTask):
-            problems.append("method deep_ptuning is for lama and custom tasks; superglue patterns do not take it yet")
         problems += self._dropout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
@@ -320,16 +318,22 @@ class Config(Section):
     def templates(self) -> list[str]:
         """Of P-tuning: the sweep, or the one template; of SuperGLUE as many names as the task with most patterns."""
         if isinstance(self.task, SuperGlueTask):
-            asked = {name: self.task.patterns_of("ptuning", name) for name in self.patterns}
-            counts = {n: len(self.patterns[n].ptuning) if a == "all" else len(a) for n, a in asked.items()}
-            return [f"pattern {number}" for number in range(1, 1 + max([1, *counts.values()]))]
+            return [f"pattern {number}" for number in range(1, 1 + self._most_patterns("ptuning"))]
         return self.jobs.templates or [self.prompt.template]
+
+    def _most_patterns(self, use: Use) -> int:
+        """Of a SuperGLUE task under which a method reads it; of any other task, 1."""
+        if not isinstance(self.task, SuperGlueTask):
+            return 1
+        asked = {name: self.task.patterns_of(use, name) for name in self.patterns}
+        return max([1, *(len(getattr(self.patterns[n], use)) if a == "all" else len(a) for n, a in asked.items())])
 
     def jobs_at_once(self, tasks: int) -> int:
         """How many prompts of so many tasks share a step; methods that tune the LM train one job at a time."""
         frozen = [METHODS[name] for name in self.methods if METHODS[name].trains and not METHODS[name].tunes_lm]
         deep = sum(method.deep for method in frozen)  # these train together, after the others
-        count = max((len(frozen) - deep) * len(self.templates), deep)
+        behind = self._most_patterns("manual" if self.prompt.deep.input == "manual" else "ptuning")
+        count = max((len(frozen) - deep) * len(self.templates), deep * behind)
         count *= tasks * len(self.run.seeds) * len(self.learning_rates)
         return max(1, min(count, self.jobs.at_once or count))
 

@@ -9,7 +9,8 @@ from megaptune.config import load_config, validate
 from megaptune.errors import DataError
 from megaptune.patterns import load_patterns
 from megaptune.prompts.tokens import TokenForms
-from megaptune.superglue_examples import hold_out, limited, load_superglue, prepare_superglue
+from megaptune.superglue_data import hold_out, limited, load_superglue
+from megaptune.superglue_examples import prepare_superglue
 from megaptune.tasks.superglue.loading import load_split
 
 ROOT = Path(__file__).resolve().parents[2]
