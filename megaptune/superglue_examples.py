@@ -1,7 +1,7 @@
 """A SuperGLUE task as the backbone sees it: its splits under every pattern that a method wants, or for a classifier."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -51,8 +51,8 @@ class EncodedOptions:
     test: list[OptionExample]
     unlabelled: list[OptionExample]
     encode: Callable[[SuperGlueRecord], OptionExample] = field(repr=False)
+    deep_words: list[int] | None
     to_label: list[OptionExample] = field(default_factory=list)
-    deep_words: list[int] | None = None
 
     @property
     def reported(self) -> list[OptionExample]:
@@ -262,20 +262,20 @@ def _under_pattern(
     if data.task == "COPA" and task.mirror_copa:
         training = [one for record in training for one in (record, record.mirrored())]
     tokens = None if words is None else sorted({token for members in words.tokens for token in members})
-    encoded = EncodedOptions(
+    train = [encode(record) for record in training]
+    starts_at = None if deep is None else deep_words(deep, [example.inputs[0] for example in train], forms)
+    return EncodedOptions(
         name,
         encoder.template,
         rows,
         None,
         () if words is None else words.labels,
         None if tokens is None else torch.tensor(tokens),
-        train=[encode(record) for record in training],
+        train=train,
         **_evaluated(data, encode, trains, labels),
         encode=encode,
+        deep_words=starts_at,
     )
-    if deep is None:
-        return encoded
-    return replace(encoded, deep_words=deep_words(deep, [example.inputs[0] for example in encoded.train], forms))
 
 
 def _for_classifier(
@@ -292,6 +292,7 @@ def _for_classifier(
         train=[encoder.encode(record) for record in encoder.training_records(data.splits["train"])],
         **_evaluated(data, encoder.encode, trains=True, labels=True),
         encode=encoder.encode,
+        deep_words=None,
     )
 
 
