@@ -60,7 +60,9 @@ class DeepConfig(Section):
         0.02, ge=0, description="of what is drawn for a table and added; the released P-tuning v2: random, and 1"
     )
     input: Literal["bare", "manual"] = Field(
-        "bare", description="what follows the prompt: prompt.template without pseudo tokens, or the manual prompt"
+        "bare",
+        description="what follows the prompt: prompt.template without pseudo tokens (SuperGLUE: the patterns of "
+        "task.ptuning so), or the manual prompt (those of task.manual)",
     )
 
     @property
@@ -272,6 +274,7 @@ class Config(Section):
         wrong += ["parallel.activation_checkpointing: false"] if parallel.activation_checkpointing else []
         wrong += ["parallel.tensor_parallel: 1"] if parallel.tensor_parallel > 1 else []
         wrong += ["a stated parallel.layout"] if parallel.layout == "auto" else []
+        wrong += ["methods without deep_ptuning, whose batches are always packed"] if self.deep else []
         return [f"train.lm_dropout needs {', '.join(wrong)}"] if wrong else []
 
     def _layout_problems(self) -> list[str]:

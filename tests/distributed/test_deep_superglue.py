@@ -17,6 +17,7 @@ from tiny import HEADS, LAYERS, WIDTH
 from tiny_superglue import save_backbone, write_config, write_superglue
 
 from megaptune.config import load_config
+from megaptune.planning.workload import Workload
 from megaptune.preparation import prepare_run
 from megaptune.run.monitor import Monitor
 from megaptune.superglue_examples import PreparedSuperGlue
@@ -81,6 +82,14 @@ def test_killed_on_two_ranks_and_continued_it_ends_with_the_bits_of_one(kind: st
         assert ours["vectors"].shape == (LAYERS, 2, LENGTH, 2 if kind == "llama" else HEADS, WIDTH // HEADS)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert result(other, f"{task}/{METHOD}-seed0") == result(run, f"{task}/{METHOD}-seed0")
+
+
+def test_the_memory_plan_counts_the_prompt_of_every_choice(kind: str, config: Path):
+    """Two choices and what they share, of a causal backbone; a masked one reads one input for all."""
+    work = Workload.prepared(prepare_run(load_config(config), Monitor(False)))
+    assert (work.sequences, work.encoder) == (3 if kind == "llama" else 1, "none")
+    assert work.deep is not None
+    assert (work.deep.length, work.jobs) == (LENGTH, len(TASKS[kind]))
 
 
 def test_the_prompt_folder_predicts_the_same_in_transformers(kind: str, config: Path, run: Path):
