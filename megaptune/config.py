@@ -14,7 +14,7 @@ from megaptune import config_files
 from megaptune.config_base import Section
 from megaptune.fact_config import LONG_ANSWERS, READINGS, CustomTask, LamaTask, Reading, TaskConfig
 from megaptune.hosting_config import KernelConfig, LaunchConfig, ParallelConfig, SpeedConfig
-from megaptune.methods import METHODS, PROMPT_SETS, MethodName, PromptSet
+from megaptune.methods import METHODS, PROMPT_SETS, Method, MethodName, PromptSet
 from megaptune.patterns import PatternBook, TaskName, Use
 from megaptune.superglue_config import PetConfig, SuperGlueTask, pattern_problems, pet_problems
 
@@ -110,6 +110,9 @@ class TrainConfig(Section):
     drop_last: bool = Field(False, description="leave out an epoch's incomplete last batch")
     optimizer: Literal["adam", "sgd"] = Field("adam", description="of the prompt encoder and a tuned LM, torch's")
     learning_rate: float = Field(1e-5, gt=0, description="of the prompt encoder: the highest rate of the schedule")
+    table_learning_rate: float | None = Field(
+        None, gt=0, description="the same of plain vectors (prompt_tuning, encoders `table`); default: learning_rate"
+    )
     lm_learning_rate: float = Field(5e-6, gt=0, description="the same of a tuned LM")
     head_learning_rate: float | None = Field(
         None, gt=0, description="of finetune's classification head (SuperGLUE); default: lm_learning_rate"
@@ -142,7 +145,7 @@ class JobsConfig(Section):
         None, ge=1, description="jobs whose examples share a step; 1: one after the other; default: all of them"
     )
     learning_rates: list[Annotated[float, Field(gt=0)]] = Field(
-        [], description="a sweep: every prompt is trained at each; empty: train.learning_rate"
+        [], description="a sweep: every prompt is trained at each; empty: the rates of `train`"
     )
     templates: list[str] = Field([], description="a sweep over P-tuning templates; empty: prompt.template")
     shard_encoders: Literal["auto"] | bool = Field(
@@ -301,44 +304,41 @@ class Config(Section):
         """Whether a method's input is the manual prompt."""
         return METHODS[method].prompt == "manual" or (METHODS[method].deep and self.prompt.deep.input == "manual")
 
-    def encoder(self, method: MethodName) -> EncoderName:
+    def encoder(self, method: Method) -> EncoderName:
         """What makes a method's prompts."""
-        if METHODS[method].deep:
-            return self.prompt.deep.kind
-        return METHODS[method].encoder or self.prompt.encoder
+        return self.prompt.deep.kind if method.deep else method.encoder or self.prompt.encoder
 
     @property
     def prompt_sets(self) -> list[PromptSet]:
         """The sets of prompts that methods read."""
         return [name for name, method in PROMPT_SETS.items() if method in self.methods]
 
-    @property
-    def learning_rates(self) -> list[float]:
-        """Of prompts: the sweep, or the one rate."""
-        return self.jobs.learning_rates or [self.train.learning_rate]
+    def learning_rates(self, method: Method) -> list[float]:
+        """Of a method's prompts: the sweep, or the one rate."""
+        plain = self.encoder(method) in ("table", "deep_table")
+        rate = (self.train.table_learning_rate if plain else None) or self.train.learning_rate
+        return self.jobs.learning_rates or [rate]
 
     @property
     def templates(self) -> list[str]:
         """Of P-tuning: the sweep, or the one template; of SuperGLUE as many names as the task with most patterns."""
         if isinstance(self.task, SuperGlueTask):
-            return [f"pattern {number}" for number in range(1, 1 + self._most_patterns("ptuning"))]
+            return [f"pattern {number}" for number in range(1, 1 + self.task.most_patterns("ptuning", self.patterns))]
         return self.jobs.templates or [self.prompt.template]
 
-    def _most_patterns(self, use: Use) -> int:
-        """Of a SuperGLUE task under which a method reads it; of any other task, 1."""
-        if not isinstance(self.task, SuperGlueTask):
-            return 1
-        asked = {name: self.task.patterns_of(use, name) for name in self.patterns}
-        return max([1, *(len(getattr(self.patterns[n], use)) if a == "all" else len(a) for n, a in asked.items())])
+    def jobs_wanted(self, tasks: int) -> int:
+        """Prompts of so many tasks that train against the frozen LM together where memory allows."""
+        frozen = [METHODS[name] for name in self.methods if METHODS[name].trains and not METHODS[name].tunes_lm]
+        deep = sum(method.deep for method in frozen)  # these train together, after the others
+        use: Use = "manual" if self.prompt.deep.input == "manual" else "ptuning"
+        behind = self.task.most_patterns(use, self.patterns) if isinstance(self.task, SuperGlueTask) else 1
+        methods = max((len(frozen) - deep) * len(self.templates), deep * behind)
+        return methods * tasks * len(self.run.seeds) * max(1, len(self.jobs.learning_rates))
 
     def jobs_at_once(self, tasks: int) -> int:
         """How many prompts of so many tasks share a step; methods that tune the LM train one job at a time."""
-        frozen = [METHODS[name] for name in self.methods if METHODS[name].trains and not METHODS[name].tunes_lm]
-        deep = sum(method.deep for method in frozen)  # these train together, after the others
-        behind = self._most_patterns("manual" if self.prompt.deep.input == "manual" else "ptuning")
-        count = max((len(frozen) - deep) * len(self.templates), deep * behind)
-        count *= tasks * len(self.run.seeds) * len(self.learning_rates)
-        return max(1, min(count, self.jobs.at_once or count))
+        wanted = self.jobs_wanted(tasks)
+        return max(1, min(wanted, self.jobs.at_once or wanted))
 
     @property
     def tasks(self) -> list[TaskName]:

@@ -136,7 +136,7 @@ class PreparedTask:
         pseudo tokens to place, so no sweep over templates."""
         if not method.trains_prompt:
             return [Variant(0.0, "")]
-        rates, templates = config.learning_rates, config.templates[: 1 if method.deep else None]
+        rates, templates = config.learning_rates(method), config.templates[: 1 if method.deep else None]
         return [
             Variant(
                 rate,

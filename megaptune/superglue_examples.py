@@ -109,7 +109,7 @@ class PreparedSuperGlue:
         """A method's sweep over learning rates and patterns, each of which is a variant's ``template``."""
         use = use_of(method)
         train = config.train
-        rates = config.learning_rates if method.trains_prompt else [0.0]
+        rates = config.learning_rates(method) if method.trains_prompt else [0.0]
         if use == "classifier":
             rates = [train.head_learning_rate or train.lm_learning_rate]
         names = [name for wanted, name in self.found if wanted == use]

@@ -89,8 +89,9 @@ class TrainingState:
         steps = {training.name: training.step for training in active}
         steps |= {training.name: 0 for training in waiting}
         self.monitor.rewind(steps)
-        for training in active:
-            self.monitor.say(f"{training.name}  resumed at step {training.step} of {training.total_steps}")
+        for (step, total), names in _by_step(active).items():
+            who = names[0] if len(names) == 1 else f"{len(names)} jobs ({names[0]} to {names[-1]})"
+            self.monitor.say(f"{who}  resumed at step {step} of {total}")
         return found.state["step"], active, waiting, diverged
 
     def _load(self, found: Checkpoint, active: list[Training], saved: dict[str, Any]) -> None:
@@ -109,3 +110,11 @@ class TrainingState:
         """All jobs have their results."""
         if self.topology.is_main:
             self.checkpoints.clear()
+
+
+def _by_step(trainings: list[Training]) -> dict[tuple[int, int], list[str]]:
+    """The names of those that have done as many steps of as many."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for training in trainings:
+        found.setdefault((training.step, training.total_steps), []).append(training.name)
+    return found

@@ -4,6 +4,7 @@ T tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.table import Table
 
@@ -75,7 +76,7 @@ def dry_run(config: Config, machines: Machines, monitor: Monitor, check_memory: 
         f"lengths: {work.basis}"
     )
     if trained:
-        monitor.show(batch_table(config, trained[0], layout))
+        monitor.show(batch_table(config, trained, layout))
     monitor.say("the dry run is sound: nothing was loaded, nothing was written")
 
 
@@ -152,26 +153,63 @@ def shard_table(shapes: Shapes, layout: Layout) -> Table:
     return table
 
 
-def batch_table(config: Config, task: Lengths, layout: Layout) -> Table:
-    """Which replica computes which micro-batches in the first steps of a task's first job."""
-    train, seed = config.train, config.run.seeds[0]
-    plan = EpochPlan(len(task.train), train.global_batch, train.drop_last, seed)
-    table = Table(title=f"first steps of {task.name}, seed {seed}", title_justify="left", title_style="bold")
+def batch_table(config: Config, tasks: list[Lengths], layout: Layout) -> Table:
+    """Which replica computes which micro-batches in the first steps, of all jobs that share these steps."""
+    jobs = first_jobs(config, tasks)
+    title = (
+        f"first steps of {jobs[0][0].name}, seed {jobs[0][1]}" if len(jobs) == 1 else f"first steps of {len(jobs)} jobs"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("step", "replica", "ranks", "micro-batches", "examples", "tokens"):
         table.add_column(column, justify="right" if column != "examples" else "left")
     for step in range(SHOWN_STEPS):
-        pieces = micro_batches(task.train, plan.indices(step), train.micro_batch)
+        members = step_members(config, jobs, step)
         idle: list[int] = []
+        pieces = _pieces(config, [member.length for member in members])
         for replica in range(layout.replicas):
-            mine = [piece for piece in rounds(pieces, replica, layout.replicas) if piece]
+            mine = [[members[index] for index in piece] for piece in rounds(pieces, replica, layout.replicas) if piece]
             if not mine:
                 idle.append(replica)
                 continue
             first = replica * layout.tensor_parallel
             ranks = f"{first}" if layout.tensor_parallel == 1 else f"{first} to {first + layout.tensor_parallel - 1}"
-            shown = " | ".join(", ".join(map(str, piece)) for piece in mine)
-            tokens = sum(task.train[index] for piece in mine for index in piece)
+            together = [member for piece in mine for member in piece]
+            shown = f"{len(together)} of {len({member.job for member in together})} jobs"
+            if len(jobs) == 1:
+                shown = " | ".join(", ".join(str(member.example) for member in piece) for piece in mine)
+            tokens = sum(member.length for member in together)
             table.add_row(str(step + 1), str(replica), ranks, str(len(mine)), shown, str(tokens))
         if idle:
             table.add_row(str(step + 1), f"{len(idle)} more", "", "0", "none: more replicas than micro-batches", "0")
     return table
+
+
+class StepMember(NamedTuple):
+    """An example of a step: the job's number among those of the step, the example's in its task, its tokens."""
+
+    job: int
+    example: int
+    length: int
+
+
+def first_jobs(config: Config, tasks: list[Lengths]) -> list[tuple[Lengths, int]]:
+    """Task and seed of the jobs that share the first step."""
+    at_once = config.jobs_at_once(len(tasks))
+    a_seed = max(1, config.jobs_wanted(len(tasks)) // (len(tasks) * len(config.run.seeds)))  # methods and sweeps
+    return [(task, seed) for task in tasks for _ in range(a_seed) for seed in config.run.seeds][:at_once]
+
+
+def step_members(config: Config, jobs: list[tuple[Lengths, int]], step: int) -> list[StepMember]:
+    train = config.train
+    plans = [EpochPlan(len(task.train), train.global_batch, train.drop_last, seed) for task, seed in jobs]
+    return [
+        StepMember(number, index, jobs[number][0].train[index])
+        for number, plan in enumerate(plans)
+        for index in plan.indices(step)
+    ]
+
+
+def _pieces(config: Config, lengths: list[int]) -> list[list[int]]:
+    train = config.train
+    by_length = config.speed.length_buckets
+    return micro_batches(lengths, range(len(lengths)), train.micro_batch, by_length, train.micro_tokens)

@@ -56,7 +56,7 @@ def finish_facts(
     train, seed = config.train, -1 if job.seed is None else job.seed
     rate = extra.get("learning_rate", train.learning_rate)
     settings = {"method": job.method_name, "task": data.name, "seed": seed, "template": template}
-    settings |= {"encoder": config.encoder(job.method_name)}
+    settings |= {"encoder": config.encoder(job.method)}
     settings |= {"learning_rate": rate, "lm_learning_rate": train.lm_learning_rate}
     monitor.hyperparameters(job.name, settings, {r: v["p_at_1"] for r, v in figures.items()})
     monitor.flush()

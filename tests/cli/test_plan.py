@@ -137,6 +137,22 @@ def test_a_dry_run_counts_real_tokens_where_there_is_a_tokenizer(config_file, ti
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_deals_out_the_steps_of_all_jobs_of_a_bank(config_file):
+    config = config_file("llama", run={"seeds": [0, 1, 2]}, train={"micro_batch": 6})
+    shown = run("train", "--config", config, "--dry-run", "--world-size", "2")
+    assert "first steps of 3 jobs" in shown  # of 8 examples each: four pieces of 6, two for each replica
+    assert _column(shown, 3) == ["2"] * 4
+    assert _column(shown, 4) == ["12 of 3 jobs"] * 4
+    short = run("train", "--config", config, "--dry-run", "--world-size", "2", "--set", "train.micro_tokens=1")
+    assert _column(short, 3) == ["12"] * 4  # an example a piece
+
+
+def _column(shown: str, place: int) -> list[str]:
+    """Of the table of steps."""
+    rows = [line.strip(" │").split("│") for line in _steps(shown).splitlines() if line.lstrip().startswith("│")]
+    return [row[place].strip() for row in rows]
+
+
 def _steps(shown: str) -> str:
     return shown[shown.index("first steps") :]
 

@@ -51,6 +51,23 @@ def problems(raw: dict[str, Any]) -> str:
 # -- defaults --------------------------------------------------------------------------------------------------------
 
 
+def test_plain_vectors_may_have_a_rate_of_their_own():
+    rates = {}
+    for train in ({}, {"table_learning_rate": 0.1}):
+        config = validate(with_keys(train=train, prompt={"deep": {"encoder": "mlp"}}), "config.yaml")
+        for name in ("ptuning", "prompt_tuning", "deep_ptuning"):
+            rates.setdefault(name, []).extend(config.learning_rates(METHODS[name]))
+    assert rates == {"ptuning": [1e-5, 1e-5], "prompt_tuning": [1e-5, 0.1], "deep_ptuning": [1e-5, 1e-5]}
+    tables = {"encoder": "table", "deep": {"encoder": "table"}}
+    config = validate(with_keys(train={"table_learning_rate": 0.1}, prompt=tables), "config.yaml")
+    assert config.learning_rates(METHODS["ptuning"]) == config.learning_rates(METHODS["deep_ptuning"]) == [0.1]
+
+
+def test_a_sweep_of_rates_is_for_every_prompt():
+    config = validate(with_keys(train={"table_learning_rate": 0.1}, jobs={"learning_rates": [0.2, 0.3]}), "config.yaml")
+    assert config.learning_rates(METHODS["ptuning"]) == config.learning_rates(METHODS["prompt_tuning"]) == [0.2, 0.3]
+
+
 def test_training_defaults_are_the_papers():
     train = validate(MINIMAL, "config.yaml").train
     assert train.optimizer == "adam"
