@@ -15,7 +15,7 @@ from megaptune.config_base import Section
 from megaptune.fact_config import LONG_ANSWERS, READINGS, CustomTask, LamaTask, Reading, TaskConfig
 from megaptune.hosting_config import KernelConfig, LaunchConfig, ParallelConfig, SpeedConfig
 from megaptune.methods import METHODS, PROMPT_SETS, Method, MethodName, PromptSet
-from megaptune.patterns import PatternBook, TaskName
+from megaptune.patterns import PatternBook, TaskName, Use
 from megaptune.superglue_config import PetConfig, SuperGlueTask, pattern_problems, pet_problems
 
 EncoderName = Literal["lstm", "mlp", "table", "deep_table", "deep_mlp"]
@@ -60,7 +60,9 @@ class DeepConfig(Section):
         0.02, ge=0, description="of what is drawn for a table and added; the released P-tuning v2: random, and 1"
     )
     input: Literal["bare", "manual"] = Field(
-        "bare", description="what follows the prompt: prompt.template without pseudo tokens, or the manual prompt"
+        "bare",
+        description="what follows the prompt: prompt.template without pseudo tokens (SuperGLUE: the patterns of "
+        "task.ptuning so), or the manual prompt (those of task.manual)",
     )
 
     @property
@@ -238,8 +240,6 @@ class Config(Section):
         problems += self._layout_problems()
         if self.deep and not self.speed.answers_only:
             problems.append("method deep_ptuning reads packed batches, at the answers alone: set speed.answers_only")
-        if self.deep and isinstance(self.task, SuperGlueTask):
-            problems.append("method deep_ptuning is for lama and custom tasks; superglue patterns do not take it yet")
         problems += self._dropout_problems()
         lists: dict[str, list[Any]] = {
             "run.seeds": list(self.run.seeds),
@@ -277,6 +277,7 @@ class Config(Section):
         wrong += ["parallel.activation_checkpointing: false"] if parallel.activation_checkpointing else []
         wrong += ["parallel.tensor_parallel: 1"] if parallel.tensor_parallel > 1 else []
         wrong += ["a stated parallel.layout"] if parallel.layout == "auto" else []
+        wrong += ["methods without deep_ptuning, whose batches are always packed"] if self.deep else []
         return [f"train.lm_dropout needs {', '.join(wrong)}"] if wrong else []
 
     def _layout_problems(self) -> list[str]:
@@ -322,16 +323,16 @@ class Config(Section):
     def templates(self) -> list[str]:
         """Of P-tuning: the sweep, or the one template; of SuperGLUE as many names as the task with most patterns."""
         if isinstance(self.task, SuperGlueTask):
-            asked = {name: self.task.patterns_of("ptuning", name) for name in self.patterns}
-            counts = {n: len(self.patterns[n].ptuning) if a == "all" else len(a) for n, a in asked.items()}
-            return [f"pattern {number}" for number in range(1, 1 + max([1, *counts.values()]))]
+            return [f"pattern {number}" for number in range(1, 1 + self.task.most_patterns("ptuning", self.patterns))]
         return self.jobs.templates or [self.prompt.template]
 
     def jobs_wanted(self, tasks: int) -> int:
         """Prompts of so many tasks that train against the frozen LM together where memory allows."""
         frozen = [METHODS[name] for name in self.methods if METHODS[name].trains and not METHODS[name].tunes_lm]
         deep = sum(method.deep for method in frozen)  # these train together, after the others
-        methods = max((len(frozen) - deep) * len(self.templates), deep)
+        use: Use = "manual" if self.prompt.deep.input == "manual" else "ptuning"
+        behind = self.task.most_patterns(use, self.patterns) if isinstance(self.task, SuperGlueTask) else 1
+        methods = max((len(frozen) - deep) * len(self.templates), deep * behind)
         return methods * tasks * len(self.run.seeds) * max(1, len(self.jobs.learning_rates))
 
     def jobs_at_once(self, tasks: int) -> int:

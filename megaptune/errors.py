@@ -3,6 +3,7 @@
     MegaptuneError
     ├── ConfigError        2   the configuration or the command line
     ├── DataError          2   a data file, a record, a template that does not fit the data
+    │   └── InputTooLong       one that cannot be cut to the length that it may have
     ├── SetupError         3   ranks, launcher environment, missing dependency, run directory not usable
     ├── BackboneError      4   the frozen model's folder or architecture
     ├── CheckpointError    4   a saved prompt state that cannot be used
@@ -29,6 +30,10 @@ class ConfigError(MegaptuneError):
 
 class DataError(MegaptuneError):
     exit_code = 2
+
+
+class InputTooLong(DataError):
+    pass
 
 
 class SetupError(MegaptuneError):

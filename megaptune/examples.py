@@ -5,6 +5,7 @@ dev and test records: the strict reading), ``word_list`` (the task's word list),
 the task's further word lists by its name: that one counts only the records whose answer is on it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,13 +64,15 @@ class LongExample:
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """A task's splits under one template. long: test's, with answers of any number of tokens, where that is wanted."""
+    """A task's splits under one template. long: test's, with answers of any number of tokens, where that is wanted;
+    deep_words: behind a deep prompt the token ids that one starts at, if any."""
 
     template: Template
     train: list[Example]
     dev: list[Example]
     test: list[Example]
     long: list[LongExample] = field(default_factory=list)
+    deep_words: list[int] | None = None
     encoder = None  # the configuration's, or the method's
 
     @property
@@ -106,8 +109,8 @@ class PreparedTask:
 
     manual, tuned (the P-tuning template) and bare (the same without pseudo tokens) are None where no method wants
     them; swept holds every P-tuning template, of which tuned is the first; searched the prompts of each set, of which
-    dev will choose; deep is what follows a deep prompt, deep_words the token ids that one starts at, if any; candidates
-    are None for the whole vocabulary. left_out: methods that this task has no prompt for, and why.
+    dev will choose; deep is what follows a deep prompt; candidates are None for the whole vocabulary. left_out: methods
+    that this task has no prompt for, and why.
     """
 
     data: TaskData
@@ -120,7 +123,6 @@ class PreparedTask:
     left_out: dict[MethodName, str] = field(default_factory=dict)
     long: LongTask | None = None
     deep: EncodedTask | None = None
-    deep_words: list[int] | None = None
 
     headline = "p_at_1"
     """The figure that dev chooses the epoch by."""
@@ -267,10 +269,11 @@ def prepare_task(data: TaskData, config: Config, forms: TokenForms, kind: Kind, 
         deep = encode(text, SPLITS, config.prompt.deep.length)
         if deep.template.num_pseudo_tokens:
             raise DataError(f"the manual prompt {text!r} has pseudo tokens; only a P-tuning template may")
-    words = None if deep is None else _deep_words(config.prompt.deep, deep.train, forms)
+        words = deep_words(config.prompt.deep, [example.slots for example in deep.train], forms)
+        deep = replace(deep, deep_words=words)
     candidates = _candidates(answers, data, verbalizer, forms)
     _require_listed(data, candidates, config, verbalizer)
-    return PreparedTask(data, candidates, manual, tuned, bare, swept, searched, left_out, long, deep, words)
+    return PreparedTask(data, candidates, manual, tuned, bare, swept, searched, left_out, long, deep)
 
 
 def _limited(data: TaskData, task: TaskConfig) -> TaskData:
@@ -323,12 +326,12 @@ def _readable(data: TaskData, config: Config, kind: Kind) -> tuple[dict[PromptSe
     return sets, left_out
 
 
-def _deep_words(deep: DeepConfig, train: list[Example], forms: TokenForms) -> list[int] | None:
-    """As many tokens as a deep prompt has, for its table to start at."""
+def deep_words(deep: DeepConfig, inputs: Sequence[list[int]], forms: TokenForms) -> list[int] | None:
+    """As many tokens as a deep prompt has, for its table to start at: of a text, or of training ``inputs``."""
     if deep.encoder != "table" or deep.init == "random":
         return None
     if deep.init_text is None:
-        words = [slot for example in train[: deep.length] for slot in example.slots]
+        words = [slot for slots in inputs[: deep.length] for slot in slots]
     else:
         text = forms.at_start(deep.init_text)
         words = [*forms.specials[0], *(text * deep.length)]

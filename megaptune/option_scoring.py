@@ -44,12 +44,16 @@ class OptionBatch:
 
 
 def collate_options(members: Sequence[Member], host: BackboneHost, pad_id: int, stand_in: Member) -> OptionBatch:
-    """The members as tensors; without any, a batch of the stand-in that counts nothing."""
+    """The members as tensors; without any, a batch of the stand-in that counts nothing.
+
+    All of them have deep prompts, or none has.
+    """
     present = list(members) or [stand_in]
     examples = [member.example for member in present]
     slots: list[list[int]] = []
     positions: list[list[int]] = []
     groups: list[int] = []
+    rows: list[int] = []
     reads: list[int] = []
     targets: list[int] = []
     jobs: list[int] = []
@@ -62,6 +66,7 @@ def collate_options(members: Sequence[Member], host: BackboneHost, pad_id: int, 
         positions += example.reads
         # Inputs of one example begin alike, which is worth more than what the examples of a job have in common.
         groups += [member.job if len(example.inputs) == 1 else -1 - number] * len(example.inputs)
+        rows += [member.first_row] * len(example.inputs)
         found.append([])
         for terms in example.options:
             found[-1].append(list(range(len(reads), len(reads) + len(terms))))
@@ -89,7 +94,7 @@ def collate_options(members: Sequence[Member], host: BackboneHost, pad_id: int, 
     device = host.device
     keeps = all(len(example.inputs) == 1 for example in options)
     return OptionBatch(
-        inputs=host.lay_out(slots, positions, groups, pad_id, keeps),
+        inputs=host.lay_out(slots, positions, groups, pad_id, keeps, rows, present[0].virtual_tokens),
         reads=torch.tensor(reads, device=device),
         targets=torch.tensor(targets, device=device),
         jobs=torch.tensor(jobs, device=device),

@@ -7,7 +7,7 @@ input for each of its choices, scored by the likelihood of the choice's tokens.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megaptune.errors import DataError
+from megaptune.errors import DataError, InputTooLong
 from megaptune.patterns import LABELS, Kind, Pattern, TaskName, TaskPatterns
 from megaptune.prompts.label_words import LabelWords
 from megaptune.prompts.template import EncodedChoice, Template
@@ -38,7 +38,8 @@ class PatternEncoder:
     """One task's examples under one pattern, for one backbone.
 
     label_words: the verbalizer's tokens; None for a pattern that the examples' own choices answer.
-    max_tokens: the task's length, at most ``context_tokens``, which the backbone holds.
+    max_tokens: the task's length, at most ``context_tokens``, which the backbone holds, less the ``virtual_tokens`` of
+    a deep prompt.
 
     :raises DataError: for a pattern or verbalizer that does not fit the task or the backbone.
     """
@@ -51,11 +52,17 @@ class PatternEncoder:
         forms: TokenForms,
         kind: Kind,
         context_tokens: int,
+        virtual_tokens: int = 0,
     ) -> None:
         if kind not in pattern.families:
             raise DataError(f"{task}: the pattern {pattern.text!r} is not meant for {kind} backbones")
         self.task, self.forms, self.extra_masks = task, forms, patterns.extra_masks
-        self.max_tokens = min(patterns.max_tokens, context_tokens)
+        self.max_tokens = min(patterns.max_tokens, context_tokens - virtual_tokens)
+        # What is told where that is too short.
+        self.context = (
+            f"; the backbone's context holds {context_tokens}, and a deep prompt takes {virtual_tokens} of them"
+        )
+        self.context = self.context if virtual_tokens and self.max_tokens < patterns.max_tokens else ""
         self.template = Template(pattern.text, kind)
         self.label_words: LabelWords | None = None
         if pattern.verbalizer is not None:
@@ -68,6 +75,12 @@ class PatternEncoder:
 
         :raises DataError: for an example that cannot be cut to that, or without choices where they are needed.
         """
+        try:
+            return self._encoded(record, first_row)
+        except InputTooLong as error:
+            raise InputTooLong(f"{error}{self.context}") from None
+
+    def _encoded(self, record: SuperGlueRecord, first_row: int) -> LabelExample | ChoiceExample:
         if self.label_words is not None:
             prompt = self.template.encode(record, self.forms, first_row, self.max_tokens)
             label = None if record.label is None else self.label_words.labels.index(record.label)

@@ -13,13 +13,8 @@ from megaptune.errors import BackboneError
 from megaptune.examples import PreparedTask, prepare_task
 from megaptune.prompts.tokens import TokenForms
 from megaptune.run.monitor import Monitor
-from megaptune.superglue_examples import (
-    PreparedSuperGlue,
-    SuperGlueData,
-    absent_tasks,
-    load_superglue,
-    prepare_superglue,
-)
+from megaptune.superglue_data import SuperGlueData, absent_tasks, load_superglue
+from megaptune.superglue_examples import PreparedSuperGlue, prepare_superglue
 from megaptune.tasks.custom import load_custom
 from megaptune.tasks.lama import load_lama, read_word_list
 from megaptune.tasks.records import TaskData

@@ -66,6 +66,11 @@ class SuperGlueTask(Limits):
         found: dict[TaskName, PatternNames] = getattr(self, use)
         return found.get(task, [])
 
+    def most_patterns(self, use: Use, patterns: Mapping[TaskName, TaskPatterns]) -> int:
+        """Under how many the task is read that has most."""
+        asked = {name: self.patterns_of(use, name) for name in patterns}
+        return max([1, *(len(getattr(patterns[n], use)) if a == "all" else len(a) for n, a in asked.items())])
+
 
 class PetConfig(Section):
     """PET and iPET (Schick and Schütze 2021): models of several patterns label examples that a classifier learns."""

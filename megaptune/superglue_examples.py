@@ -1,50 +1,34 @@
 """A SuperGLUE task as the backbone sees it: its splits under every pattern that a method wants, or for a classifier."""
 
-import random
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megaptune.classifier_examples import ClassifierEncoder
-from megaptune.config import Config, Reading
+from megaptune.config import Config, DeepConfig, Reading
 from megaptune.errors import DataError
-from megaptune.examples import Variant
+from megaptune.examples import Variant, deep_words
 from megaptune.methods import METHODS, Method, MethodName
 from megaptune.option_examples import OptionExample, from_choices, from_labels
 from megaptune.pattern_examples import LabelExample, PatternEncoder
 from megaptune.patterns import Kind, TaskName, TaskPatterns, Use
-from megaptune.prompts.template import Template
+from megaptune.prompts.template import Template, without_pseudo_tokens
 from megaptune.prompts.tokens import TokenForms
-from megaptune.superglue_config import PET_TASKS, PetConfig, SuperGlueTask
-from megaptune.tasks.superglue.loading import FileName, load_split
+from megaptune.superglue_config import SuperGlueTask
+from megaptune.superglue_data import SplitName, SuperGlueData
 from megaptune.tasks.superglue.metrics import score, task_score
-from megaptune.tasks.superglue.records import SplitData, SuperGlueRecord
+from megaptune.tasks.superglue.records import SuperGlueRecord
 
-SplitName = Literal["train", "dev", "test", "unlabelled", "to_label"]
-UseOf = Use | Literal["classifier", "ensemble"]
+UseOf = Use | Literal["classifier", "ensemble", "deep"]
 USE_OF: dict[str, UseOf] = {"manual": "manual", "template": "ptuning", "bare": "classifier"}
-"""What a method of each kind of prompt reads here."""
 
 
-@dataclass(frozen=True)
-class SuperGlueData:
-    """A task's files, limited and divided; ``unlabelled`` is the server's test set, if it is to be predicted, and
-    ``to_label`` what an ensemble of patterns is to label."""
-
-    task: TaskName
-    splits: dict[SplitName, SplitData]
-
-    @property
-    def name(self) -> str:
-        return self.task
-
-    def summary(self) -> str:
-        return "\n".join(split.summary() for split in self.splits.values())
+def use_of(method: Method) -> UseOf:
+    """What a method reads here, by its kind of prompt."""
+    return "deep" if method.deep else USE_OF[method.prompt]
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,7 @@ class EncodedOptions:
 
     rows: of the table, pseudo tokens or the head's weights; encoder: "head" for the latter; labels: what the options
     are, none where they are the example's own choices; candidates [C]: every token that is asked for, ascending, None
-    for the whole vocabulary.
+    for the whole vocabulary; deep_words: behind a deep prompt the token ids that one starts at, if any.
     """
 
     name: str
@@ -67,6 +51,7 @@ class EncodedOptions:
     test: list[OptionExample]
     unlabelled: list[OptionExample]
     encode: Callable[[SuperGlueRecord], OptionExample] = field(repr=False)
+    deep_words: list[int] | None
     to_label: list[OptionExample] = field(default_factory=list)
 
     @property
@@ -122,7 +107,7 @@ class PreparedSuperGlue:
 
     def variants(self, method: Method, config: Config) -> list[Variant]:
         """A method's sweep over learning rates and patterns, each of which is a variant's ``template``."""
-        use = USE_OF[method.prompt]
+        use = use_of(method)
         train = config.train
         rates = config.learning_rates(method) if method.trains_prompt else [0.0]
         if use == "classifier":
@@ -136,7 +121,7 @@ class PreparedSuperGlue:
 
     def encoded(self, method: Method, name: str | None = None) -> EncodedOptions:
         """What ``method`` reads; ``name`` is a pattern's."""
-        return self.found[USE_OF[method.prompt], name or ""]
+        return self.found[use_of(method), name or ""]
 
     def figures(self, encoded: EncodedOptions, split: SplitName, best: Sequence[int]) -> dict[str, float]:
         """The task's metrics and their mean, ``score``, from the best option of each example of a split."""
@@ -166,110 +151,6 @@ class PreparedSuperGlue:
         return f"{files}\n  reads {uses}{base}{left_out}"
 
 
-def load_superglue(config: Config) -> list[SuperGlueData]:
-    """The files of every task that is asked for.
-
-    :raises DataError: with the file or line at fault.
-    """
-    task = config.task
-    assert isinstance(task, SuperGlueTask)
-    trains = any(METHODS[name].trains for name in config.methods)
-    absent = absent_tasks(config)
-    there = [name for name in config.tasks if name not in absent]
-    if not there:
-        roots = ", ".join(map(str, task.roots))
-        raise DataError(f"task.root: no folder of a SuperGLUE task ({', '.join(config.tasks)}) in {roots}")
-    ensemble = any(METHODS[name].ensemble for name in config.methods)
-    return [_load(task, name, trains, config.pet if ensemble and name in PET_TASKS else None) for name in there]
-
-
-def absent_tasks(config: Config) -> list[TaskName]:
-    """What ``tasks: all`` leaves out: the tasks without a folder. A task that is named must be there."""
-    task = config.task
-    if not isinstance(task, SuperGlueTask) or task.tasks != "all":
-        return []
-    return [name for name in config.tasks if not any((root / name).is_dir() for root in task.roots)]
-
-
-def _load(task: SuperGlueTask, name: TaskName, trains: bool, pet: PetConfig | None) -> SuperGlueData:
-    places = task.splits_for(name)
-    found: dict[SplitName, SplitData] = {}
-    if trains:
-        train = _file(task, name, "train")
-        if places.dev == "held_out":
-            train, dev = hold_out(train, task.held_out, task.limit_seed)
-        else:
-            dev = _file(task, name, "dev32")
-        found["train"] = limited(train, task.limit_train, task.limit_seed)
-        found["dev"] = limited(dev, task.limit_dev, task.limit_seed)
-    found["test"] = limited(_file(task, name, places.test), task.limit_test, task.limit_seed)
-    if task.predict_test:
-        found["unlabelled"] = _file(task, name, "test")
-    if pet is not None:
-        known = [record for split in ("train", "dev", "test") for record in found[split].records]
-        found["to_label"] = limited(_to_label(task, name, pet, known), pet.limit, task.limit_seed)
-    return SuperGlueData(name, found)
-
-
-def _to_label(task: SuperGlueTask, name: TaskName, pet: PetConfig, known: list[SuperGlueRecord]) -> SplitData:
-    """The examples that an ensemble labels: without labels, and none that is trained, selected or reported on.
-
-    :raises DataError: when none is left.
-    """
-    data = load_split(root_of(pet.roots or task.roots, name, pet.file), name, pet.file)
-    texts = {tuple(sorted(record.fields.items())) for record in known}
-    records = [
-        replace(record, label=None, answers=())
-        for record in data.records
-        if tuple(sorted(record.fields.items())) not in texts
-    ]
-    if not records:
-        raise DataError(
-            f"{name}: every example of its {pet.file} file is also one of train, dev or test; nothing is left for an "
-            "ensemble to label: name another pet.file, or as pet.root the folder of the undivided one"
-        )
-    return SplitData(name, f"{pet.file}, to be labelled", records)
-
-
-def _file(task: SuperGlueTask, name: TaskName, file: FileName) -> SplitData:
-    return load_split(root_of(task.roots, name, file), name, file)
-
-
-def root_of(roots: list[Path], name: TaskName, file: FileName) -> Path:
-    """The first that has the file; without one the first that has the task, for the error."""
-    having = [root for root in roots if (root / name / f"{file}.jsonl").is_file()]
-    return next(iter([*having, *(root for root in roots if (root / name).is_dir()), *roots]))
-
-
-def hold_out(data: SplitData, share: float, seed: int) -> tuple[SplitData, SplitData]:
-    """What is left of a training file, and the part that is held out: whole passages of MultiRC, else examples.
-
-    :raises DataError: when it has too few examples for two parts.
-    """
-    groups = list(dict.fromkeys(record.idx[0] for record in data.records))
-    count = max(1, round(share * len(groups)))
-    if count >= len(groups):
-        raise DataError(f"{data.task} {data.split}: {len(groups)} examples are too few to hold out {count} of them")
-    chosen = set(random.Random(seed).sample(groups, count))
-    parts = ([r for r in data.records if (r.idx[0] in chosen) == out] for out in (False, True))
-    kept, out = parts
-    return replace(data, records=kept), SplitData(data.task, f"held out of {data.split}", out)
-
-
-def limited(data: SplitData, limit: int | None, seed: int) -> SplitData:
-    """At most ``limit`` examples, in their file's order; of MultiRC whole questions. Skipped ones count no more."""
-    if limit is None or len(data.records) <= limit:
-        return data
-    sizes = Counter(record.idx[:2] for record in data.records)
-    groups = list(sizes)
-    chosen: set[tuple[int, ...]] = set()
-    for group in random.Random(seed).sample(groups, len(groups)):
-        if not chosen or sum(sizes[other] for other in chosen) + sizes[group] <= limit:
-            chosen.add(group)
-    records = [record for record in data.records if record.idx[:2] in chosen]
-    return replace(data, records=records, skipped=[])
-
-
 def prepare_superglue(
     data: SuperGlueData, config: Config, forms: TokenForms, kind: Kind, context_tokens: int
 ) -> PreparedSuperGlue:
@@ -283,7 +164,7 @@ def prepare_superglue(
     found: dict[tuple[UseOf, str], EncodedOptions] = {}
     uses: tuple[Use | Literal["classifier"], ...] = ("manual", "ptuning", "classifier")
     for use in uses:
-        methods = [METHODS[name] for name in config.methods if USE_OF[METHODS[name].prompt] == use]
+        methods = [METHODS[name] for name in config.methods if use_of(METHODS[name]) == use]
         if not methods:
             continue
         trains = any(method.trains for method in methods)
@@ -292,6 +173,8 @@ def prepare_superglue(
             continue
         for name in fitting(patterns, use, kind, task.patterns_of(use, data.task)):
             found[use, name] = _under_pattern(data, task, patterns, use, name, forms, kind, context_tokens, trains)
+    if config.deep:
+        found |= _behind_deep_prompts(data, config, forms, kind, context_tokens)
     ensembles = [name for name in config.methods if METHODS[name].ensemble]
     if "to_label" not in data.splits:
         why = "its examples have phrases of their own for options"
@@ -323,6 +206,23 @@ def fitting(patterns: TaskPatterns, use: Use, kind: Kind, asked: list[str] | Lit
     return asked
 
 
+def _behind_deep_prompts(
+    data: SuperGlueData, config: Config, forms: TokenForms, kind: Kind, context_tokens: int
+) -> dict[tuple[UseOf, str], EncodedOptions]:
+    """The task under the patterns that follow a deep prompt; of those with the same text the first."""
+    task, patterns, deep = config.task, config.patterns[data.task], config.prompt.deep
+    assert isinstance(task, SuperGlueTask)
+    use: Use = "manual" if deep.input == "manual" else "ptuning"
+    first: dict[str, str] = {}
+    for name in fitting(patterns, use, kind, task.patterns_of(use, data.task)):
+        first.setdefault(without_pseudo_tokens(patterns.pick(use, kind, name).text), name)
+    settings = forms, kind, context_tokens
+    return {
+        ("deep", name): _under_pattern(data, task, patterns, use, name, *settings, trains=True, deep=deep)
+        for name in first.values()
+    }
+
+
 def _under_pattern(
     data: SuperGlueData,
     task: SuperGlueTask,
@@ -334,10 +234,16 @@ def _under_pattern(
     context_tokens: int,
     trains: bool,
     labels: bool = False,
+    deep: DeepConfig | None = None,
 ) -> EncodedOptions:
-    encoder = PatternEncoder(data.task, patterns.pick(use, kind, name), patterns, forms, kind, context_tokens)
+    """:param deep: the prompt that the pattern follows, instead of having pseudo tokens."""
+    pattern, virtual_tokens = patterns.pick(use, kind, name), 0
+    if deep is not None:
+        text = pattern.text if use == "manual" else without_pseudo_tokens(pattern.text)
+        pattern, virtual_tokens = pattern.model_copy(update={"text": text}), deep.length
+    encoder = PatternEncoder(data.task, pattern, patterns, forms, kind, context_tokens, virtual_tokens)
     rows = encoder.template.num_pseudo_tokens
-    if (use == "ptuning") != (rows > 0):
+    if (use == "ptuning" and deep is None) != (rows > 0):
         fault = "has no pseudo token: there is nothing to train" if use == "ptuning" else "has pseudo tokens"
         raise DataError(f"{data.task}: the {use} pattern {name} ({encoder.template.text!r}) {fault}")
     words = encoder.label_words
@@ -356,6 +262,8 @@ def _under_pattern(
     if data.task == "COPA" and task.mirror_copa:
         training = [one for record in training for one in (record, record.mirrored())]
     tokens = None if words is None else sorted({token for members in words.tokens for token in members})
+    train = [encode(record) for record in training]
+    starts_at = None if deep is None else deep_words(deep, [example.inputs[0] for example in train], forms)
     return EncodedOptions(
         name,
         encoder.template,
@@ -363,9 +271,10 @@ def _under_pattern(
         None,
         () if words is None else words.labels,
         None if tokens is None else torch.tensor(tokens),
-        train=[encode(record) for record in training],
+        train=train,
         **_evaluated(data, encode, trains, labels),
         encode=encode,
+        deep_words=starts_at,
     )
 
 
@@ -383,6 +292,7 @@ def _for_classifier(
         train=[encoder.encode(record) for record in encoder.training_records(data.splits["train"])],
         **_evaluated(data, encoder.encode, trains=True, labels=True),
         encode=encoder.encode,
+        deep_words=None,
     )
 
 

@@ -25,7 +25,6 @@ from megaptune.batches import Member, collate, micro_batches, rounds
 from megaptune.config import Config, Reading
 from megaptune.errors import DivergedError
 from megaptune.evaluation import Outcome, Outcomes, evaluate
-from megaptune.examples import PreparedTask
 from megaptune.jobs import Job, Training
 from megaptune.option_scoring import OptionOutcome, OptionScorer, collate_options, evaluate_options
 from megaptune.prompts.bank import PromptBank
@@ -182,8 +181,7 @@ class Trainer:
     def move_up(self) -> None:
         while self.waiting and len(self.active) < self.at_once:
             training = self.waiting.pop(0)
-            task = training.job.task
-            starts_at = task.deep_words if self.deep is not None and isinstance(task, PreparedTask) else None
+            starts_at = training.job.encoded.deep_words
             self.bank.add(training.prompt, None if starts_at is None else self.host.deep_prompt_of(starts_at))
             self.active.append(training)
 

@@ -84,7 +84,7 @@ class PromptedBackbone(nn.Module):
         deep = None
         if isinstance(inputs, Packed) and inputs.prompts is not None:
             assert self.deep is not None, "packed batches are for families of the table"
-            deep = self.deep.by_layer(table, inputs.prefix_length, self.grid)
+            deep = self.deep.by_layer(table, inputs.virtual_tokens, self.grid)
             table = table.new_zeros(0, self.vocabulary.shape[-1])
         embeds = self.embed(inputs.slots, table)
         if isinstance(inputs, Packed):
@@ -275,19 +275,19 @@ class BackboneHost:
         :param answers: each example's answer positions. :param groups: as in :func:`pack`.
         :param keeps: whether kept contexts are used, instead of leads that the batch shares.
         :param virtual_tokens: of the examples' deep prompts, if these have such, whose first rows in the table are
-            ``first_rows``. They are always packed, and share no leading tokens.
+            ``first_rows``. They are always packed.
         """
         masked, speed = self.kind == "masked", self.speed
+        prefix: dict[str, Any] = {"share_leads": speed.share_leading_tokens and not masked}
         if virtual_tokens:
             assert self.deep is not None, "preparation refuses other families"
             assert first_rows is not None
             prompts = [row // (virtual_tokens * self.deep.rows) for row in first_rows]
-            prefix: dict[str, Any] = {"prompts": prompts, "virtual_tokens": virtual_tokens}
+            prefix |= {"prompts": prompts, "virtual_tokens": virtual_tokens}
         elif not self.packs:
             return pad(slots, answers, pad_id, masked, self.device)
         else:
-            kept = self.contexts.lengths(slots) if self.contexts is not None and keeps else None
-            prefix = {"contexts": kept, "share_leads": speed.share_leading_tokens and not masked}
+            prefix["contexts"] = self.contexts.lengths(slots) if self.contexts is not None and keeps else None
         filled = None if speed.packing else pad_id
         return pack(slots, answers, groups, masked=masked, device=self.device, pad_id=filled, **prefix)
 

@@ -5,7 +5,7 @@ tokens see before their own: either another sequence of the batch (the leading t
 prompt's among them, computed once) or a *context* (tokens before an example's first pseudo token, whose keys and
 values never change; they are kept). Only for causal models, where what comes first sees nothing of what follows.
 A third kind of prefix is for both: a *deep prompt*, virtual tokens whose keys and values are trained; every sequence of
-the batch has one, and no other prefix.
+the batch has one. It stands before leading tokens that are shared; no context is kept then.
 
 An example is read at one position or at several; features come out in the order of the examples and their positions.
 
@@ -40,7 +40,7 @@ class Packed:
     places [S * Q]: the packed token of every place of the sequences laid side by side (padding reads any token);
     order [N]: the reverse; visible [S, Q, P + Q] bool: what a query sees of prefix and own tokens; leads [S] int64: the
     sequence that is each one's prefix, or None without shared leads; contexts: each sequence's context, or None;
-    prompts [S] int64: each sequence's deep prompt, counted in the table, or None.
+    prompts [S] int64: each sequence's deep prompt of ``virtual_tokens``, counted in the table, or None.
     """
 
     slots: Tensor
@@ -52,11 +52,17 @@ class Packed:
     leads: Tensor | None
     contexts: list[tuple[int, ...]] | None
     prompts: Tensor | None = None
+    virtual_tokens: int = 0
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     @property
     def prefix_length(self) -> int:
         return self.visible.shape[2] - self.visible.shape[1]
+
+    @property
+    def lead_length(self) -> int:
+        """Of the longest prefix behind deep prompts."""
+        return self.prefix_length - self.virtual_tokens
 
     def additive_mask(self, repeats: int, dtype: torch.dtype) -> Tensor:
         """[S, 1, repeats * Q, P + Q]: 0 where a query sees, minus infinity where not; made once a batch."""
@@ -108,16 +114,17 @@ def pack(
     :param groups: examples of the same group may share leading tokens, where no contexts are kept.
     :param contexts: how many of each example's first tokens are kept and not computed; 0 for none.
     :param pad_id: fill every example up to the longest with this id: packed in form only.
-    :param prompts: each example's deep prompt of ``virtual_tokens``; the only prefix in the batch.
+    :param prompts: each example's deep prompt of ``virtual_tokens``; a group has one.
     """
     reads = _in_lists(answers)
     kept = list(contexts) if contexts is not None else [0] * len(slots)
-    share_leads = share_leads and not any(kept) and prompts is None  # one kind of prefix in a batch
+    share_leads = share_leads and not any(kept)  # one kind of prefix in a batch, behind deep prompts
     assert prompts is None or not any(kept)
     leads, lead_of = _shared_leads(slots, reads, groups) if share_leads else ([], [-1] * len(slots))
     begins = [len(leads[lead]) if lead >= 0 else kept[b] for b, lead in enumerate(lead_of)]
     own = [*leads, *(tokens[begin:] for tokens, begin in zip(slots, begins, strict=True))]
-    starts = [0] * len(leads) + [virtual_tokens + begin for begin in begins]
+    behind = [0] * len(leads) + begins
+    starts = [virtual_tokens + begin for begin in behind]
     lengths = [len(tokens) for tokens in own]
     first = len(leads)
     if pad_id is not None:
@@ -136,10 +143,11 @@ def pack(
         answers=tensor([offsets[first + b] + place - begins[b] for b, found in enumerate(reads) for place in found]),
         places=tensor([offsets[s] + min(t, count - 1) for s, count in enumerate(held) for t in range(queries)]),
         order=tensor([s * queries + t for s, count in enumerate(held) for t in range(count)]),
-        visible=_visible(lengths, starts, queries, masked).to(device),
+        visible=_visible(lengths, behind, queries, masked, virtual_tokens).to(device),
         leads=tensor([0] * first + [max(lead, 0) for lead in lead_of]) if leads else None,
         contexts=[()] * first + [tuple(t[:c]) for t, c in zip(slots, kept, strict=True)] if any(kept) else None,
-        prompts=None if prompts is None else tensor(list(prompts)),
+        prompts=None if prompts is None else tensor([*(prompts[lead_of.index(i)] for i in range(first)), *prompts]),
+        virtual_tokens=virtual_tokens,
     )
 
 
@@ -166,9 +174,10 @@ def _shared_leads(
     return leads, lead_of
 
 
-def _visible(lengths: list[int], starts: list[int], queries: int, masked: bool) -> Tensor:
-    """[S, Q, P + Q]: prefix tokens, then own ones; ``starts`` are the prefixes' lengths."""
-    prefix = torch.arange(max(starts)) < torch.tensor(starts)[:, None]  # [S, P]
+def _visible(lengths: list[int], behind: list[int], queries: int, masked: bool, virtual_tokens: int) -> Tensor:
+    """[S, Q, P + Q]: deep prompts, whom all see, other prefixes of the lengths ``behind``, own tokens."""
+    prefix = torch.arange(max(behind)) < torch.tensor(behind)[:, None]
+    prefix = torch.cat([torch.ones(len(behind), virtual_tokens, dtype=torch.bool), prefix], dim=1)  # [S, P]
     own = torch.arange(queries) < torch.tensor(lengths)[:, None]  # [S, Q]
     seen = own[:, None].expand(-1, queries, -1)
     if not masked:

@@ -115,7 +115,7 @@ def _packed_attention(reading: Reading, query: Tensor, key: Tensor, value: Tenso
     if reading.record is not None:
         reading.record.append(torch.stack([key[0], value[0]]))
     if packed.leads is not None:
-        length = packed.prefix_length
+        length = packed.lead_length
         keys, values = (
             torch.cat([_Prefixes.apply(own[:, :, :length], packed.leads), own], dim=2) for own in (keys, values)
         )
@@ -127,21 +127,23 @@ def _packed_attention(reading: Reading, query: Tensor, key: Tensor, value: Tenso
         found = F.scaled_dot_product_attention(queries, keys, values, attn_mask=reading.mask, scale=scale)
     else:
         assert reading.mask is not None
-        found = _behind_context(queries, keys, values, reading.context, reading.mask, scale)
+        fused = reading.context.is_cuda or packed.prompts is not None
+        found = _behind_context(queries, keys, values, reading.context, reading.mask, scale, fused)
     found = found.unflatten(2, (repeats, length)).permute(0, 3, 1, 2, 4)  # [S, Q, k, repeats, E]
     flat = found.reshape(sequences * length, query.shape[1], query.shape[3])
     return _PickRows.apply(flat, packed.order)[None]
 
 
 def _behind_context(
-    queries: Tensor, keys: Tensor, values: Tensor, context: Tensor, mask: Tensor, scale: float | None
+    queries: Tensor, keys: Tensor, values: Tensor, context: Tensor, mask: Tensor, scale: float | None, fused: bool
 ) -> Tensor:
     """Attention to a context's keys and values [2, S, k, P, E], then to own ones [S, k, Q, E].
 
-    On a GPU by torch's fused attention, which holds no weights. A CPU is faster with the products themselves: contexts
-    are long, are read where they lie, and their gradients, wanted of deep prompts alone, are not computed otherwise.
+    :param fused: by torch's fused attention, which holds no weights: on a GPU, and for deep prompts, which are short
+        and want their gradient. For kept contexts a CPU is faster with the products themselves: these are long, are
+        read where they lie, and have no gradient that would be computed in vain.
     """
-    if context.is_cuda:
+    if fused:
         keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     length = context.shape[3]

@@ -27,7 +27,8 @@ from megaptune.prompts.template import Template
 from megaptune.run.grid import check_grid
 from megaptune.run.monitor import Monitor
 from megaptune.superglue_config import SuperGlueTask
-from megaptune.superglue_examples import PreparedSuperGlue, SuperGlueData
+from megaptune.superglue_data import SuperGlueData
+from megaptune.superglue_examples import PreparedSuperGlue
 from megaptune.tasks.records import TaskData
 
 SHOWN_STEPS = 2

@@ -118,13 +118,14 @@ def _phase(
         read = vocabulary if count is None else min(count, vocabulary)
     rows = sum(min(count, vocabulary) for count in work.candidates.values() if count is not None)
     sets = sum(count is not None for count in work.candidates.values())
-    deep = 0 if work.deep is None else examples * work.deep.length * shapes.context_token_bytes(layout.tensor_parallel)
+    virtual_tokens = 0 if work.deep is None else examples * work.sequences * work.deep.length
+    deep = virtual_tokens * shapes.context_token_bytes(layout.tensor_parallel)
     upcast = min(read, UPCAST_ROWS) * shapes.width * 4 if shapes.itemsize < 4 else 0
     return {
         "gathered layers": gathered_bytes(shapes, work, layout, tensors),
         "saved activations": traced.saved_bytes,
         "working tensors": traced.working_bytes,
-        **({"deep prompts": deep} if deep else {}),  # before the keys and values of every example
+        **({"deep prompts": deep} if deep else {}),  # before the keys and values of every sequence
         "logits": LOGIT_TENSORS * 4 * examples * read + upcast,
         # a copy of each set's rows, and where each token stands in it
         "candidate rows": rows * (shapes.width * shapes.itemsize + 16) + sets * 8 * shapes.vocabulary_size,

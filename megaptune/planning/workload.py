@@ -35,7 +35,7 @@ class Workload:
     train together, whose ``global_batch`` is that of all of them; sharded: whether ranks own them in turn, None for
     several ranks and jobs. context_tokens, longest_context: of what precedes the prompts of training and dev inputs,
     whose keys and values are kept in at most device_contexts + host_contexts bytes. deep: of deep prompts, if some are
-    trained."""
+    trained; sequences: of an example at most that read one, its choices and what they share."""
 
     global_batch: int
     micro_batch: int
@@ -56,6 +56,7 @@ class Workload:
     device_contexts: int = 0
     host_contexts: int = 0
     deep: DeepConfig | None = None
+    sequences: int = 1
 
     @property
     def pieces(self) -> int:
@@ -99,6 +100,8 @@ class Workload:
         found = cls._of(
             run.config, rows, max(train or other), max(other), counts, "the data's longest inputs", len(run.tasks)
         )
+        choices = max(len(example.inputs) for task in tasks for example in (*task.train, *task.dev, *task.test))
+        found = replace(found, sequences=choices + (choices > 1))
         speed = run.config.speed
         if found.tuned or run.backbone.kind == "masked" or not speed.context_cache:
             return found

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
-from megaptune.errors import DataError
+from megaptune.errors import InputTooLong
 from megaptune.prompts.tokens import TokenForms
 
 Name = TypeVar("Name", bound=Hashable)
@@ -24,7 +24,7 @@ def shorten(
     field keeps one word at least. Whether the input fits is always measured on the whole input as it will be read.
 
     :param num_tokens: the whole input's length with the texts given.
-    :raises DataError: when it does not fit with one word of each field either.
+    :raises InputTooLong: when it does not fit with one word of each field either.
     """
     words = {name: _words(texts[name]) for name in names}
     # What each word adds, as it stands behind a space: an estimate that chooses what to cut, not whether it fits.
@@ -39,7 +39,7 @@ def shorten(
         cuttable = [name for name in names if kept[name] > 1]
         if not cuttable:
             cut = f"with {', '.join(map(_told, names))} cut to a word" if names else "and has no :shorten field"
-            raise DataError(
+            raise InputTooLong(
                 f"{where}: the input is {excess + max_tokens} tokens long {cut}; it may have {max_tokens}. Allow "
                 "longer inputs, mark another field with :shorten, or leave the record out"
             )

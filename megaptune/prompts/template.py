@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megaptune.errors import DataError
+from megaptune.errors import DataError, InputTooLong
 from megaptune.patterns import Kind
 from megaptune.prompts.shortening import shorten
 from megaptune.prompts.tokens import TokenForms
@@ -192,7 +192,7 @@ class Template:
             if not choice.strip() or not ids:
                 raise DataError(f"{record.source}: the answer {choice!r} has no tokens")
             if max_tokens is not None and len(ids) > max_tokens:
-                raise DataError(
+                raise InputTooLong(
                     f"{record.source}: the answer {choice[:60]!r} is {len(ids)} tokens long, an input may have "
                     f"{max_tokens}; leave the record out or allow longer inputs"
                 )

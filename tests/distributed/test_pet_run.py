@@ -16,7 +16,7 @@ from megaptune.errors import ConfigError, DataError
 from megaptune.preparation import prepare_run
 from megaptune.run.monitor import Monitor
 from megaptune.soft_labels import combined, most_confident, softened
-from megaptune.superglue_examples import load_superglue
+from megaptune.superglue_data import load_superglue
 
 pytestmark = pytest.mark.dist
 

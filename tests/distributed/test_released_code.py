@@ -72,3 +72,5 @@ def test_dropout_is_refused_where_something_would_leave_it_out(released):
         load_config(released, [*SHORT, "speed.packing=true"])
     with pytest.raises(ConfigError, match=r"parallel\.tensor_parallel: 1"):
         load_config(released, [*SHORT, "parallel.tensor_parallel=2"])
+    with pytest.raises(ConfigError, match="methods without deep_ptuning"):
+        load_config(released, [*SHORT, "methods=[deep_ptuning]"])

@@ -4,6 +4,7 @@ Tolerance: 1e-5 of the largest element in fp32 on these small models, whose sums
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,40 @@ def test_compiled_blocks_compute_the_same(family, shards, tmp_path, cache):
     for found, _ in ours:  # ranks stay in step to the bit
         for mine, first in zip(found, ours[0][0], strict=True):
             assert all(torch.equal(one, other) for one, other in zip(mine, first, strict=True))
+
+
+def _deep_figures(folder, compiles):
+    """Behind a deep prompt, of batches of several sizes, whose examples share a token: losses and the table's gradient;
+    graphs compiled."""
+    host = open_host(folder, speed=SpeedConfig(compile_blocks=compiles))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    scorer, found, graphs, length = Scorer(host, [None]), [], [], 3
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(length * host.deep.rows, host.deep.width, generator=generator)
+    for count in (6, 9, 12):
+        plain = [member.example for member in _members(False, count, text_first=False)]
+        shown = [replace(example, slots=[7, *(max(slot, 8) for slot in example.slots[1:])]) for example in plain]
+        members = [Member(example, 0, 0, length) for example in shown]
+        batch, leaf = collate(members, host, 0, members[0]), table.clone().requires_grad_()
+        assert batch.inputs.leads is not None
+        losses, _ = scorer.losses(batch, leaf)
+        losses.sum().backward()
+        found += [losses.detach(), leaf.grad]
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    disconnect()
+    return found, graphs
+
+
+def test_compiled_blocks_read_deep_prompts(tmp_path, cache):
+    folder = save_model("llama", tmp_path / "model")
+    ((plain, none),) = run_ranks(1, _deep_figures, folder, False)
+    ((found, graphs),) = run_ranks(1, _deep_figures, folder, True, timeout_s=300)
+    assert set(none) == {0}
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
+    assert graphs[0] > 0
+    assert graphs[2] == graphs[0]
 
 
 def test_what_cannot_be_compiled_is_refused_with_what_to_change(monkeypatch):

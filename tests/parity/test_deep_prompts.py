@@ -10,6 +10,7 @@ import pytest
 import torch
 from hosting import open_host
 from plain import VOCABULARY, save_model
+from plain_deep import plain_logits
 from ranks import run_ranks
 from torch import nn
 
@@ -62,47 +63,13 @@ def figures(folder, layouts, table, speeds):
     return found
 
 
-def plainly(folder, table, kv_heads):
-    """The same by transformers' model: every example alone, its prompt in a cache that it continues."""
-    from transformers import AutoModelForCausalLM, DynamicCache
-
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    leaf, losses = table.clone().requires_grad_(), []
-    for number, example in enumerate(examples(masked=False)):
-        prompt = leaf.view(PROMPTS, LENGTH, LAYERS, 2, kv_heads, HEAD_WIDTH)[number % PROMPTS]
-        cache = DynamicCache()
-        for layer in range(LAYERS):
-            key, value = prompt[:, layer].permute(1, 2, 0, 3)[:, None]
-            cache.update(key, value, layer)
-        whole = torch.ones(1, LENGTH + len(example.slots), dtype=torch.long)
-        logits = model(torch.tensor([example.slots]), attention_mask=whole, past_key_values=cache).logits
-        losses.append(nn.functional.cross_entropy(logits[0, example.answer_position], torch.tensor(example.answer)))
-    torch.stack(losses).sum().backward()
-    return torch.stack(losses).detach(), leaf.grad
-
-
-def written_out(folder, table, kv_heads):
-    """The same for a masked model, whose attention is softmax(q [P; k]^T / sqrt(E)) [P; v] with every layer's P."""
-    from transformers import AttentionInterface, AutoModelForMaskedLM
-
-    model = AutoModelForMaskedLM.from_pretrained(folder).eval().requires_grad_(False)
-    leaf, losses, pairs = table.clone().requires_grad_(), [], []
-
-    def attention(module, query, key, value, *_, **__):
-        first_key, first_value = pairs.pop(0)
-        key, value = torch.cat([first_key, key], dim=2), torch.cat([first_value, value], dim=2)
-        weights = (query @ key.transpose(2, 3) / HEAD_WIDTH**0.5).softmax(dim=-1)
-        return (weights @ value).transpose(1, 2), None
-
-    AttentionInterface.register("written_out", attention)
-    model.set_attn_implementation("written_out")
-    begin = model.config.pad_token_id + 1 if model.config.model_type == "roberta" else 0
-    for number, example in enumerate(examples(masked=True)):
-        prompt = leaf.view(PROMPTS, LENGTH, LAYERS, 2, kv_heads, HEAD_WIDTH)[number % PROMPTS]
-        pairs += [prompt[:, layer].permute(1, 2, 0, 3)[:, None].unbind() for layer in range(LAYERS)]
-        positions = torch.arange(begin + LENGTH, begin + LENGTH + len(example.slots))[None]
-        logits = model(torch.tensor([example.slots]), position_ids=positions).logits
-        losses.append(nn.functional.cross_entropy(logits[0, example.answer_position], torch.tensor(example.answer)))
+def plainly(folder, table, kv_heads, masked=False):
+    """The same by transformers' model, every example alone."""
+    logits, leaf, losses = plain_logits(folder, masked), table.clone().requires_grad_(), []
+    prompts = leaf.view(PROMPTS, LENGTH, LAYERS, 2, kv_heads, HEAD_WIDTH).permute(0, 2, 3, 1, 4, 5)
+    for number, example in enumerate(examples(masked)):
+        found = logits(prompts[number % PROMPTS], example.slots)[example.answer_position]
+        losses.append(nn.functional.cross_entropy(found, torch.tensor(example.answer)))
     torch.stack(losses).sum().backward()
     return torch.stack(losses).detach(), leaf.grad
 
@@ -118,7 +85,7 @@ def test_losses_and_gradients_match_a_plain_restatement(family, tmp_path):
     sizes = {"num_attention_heads": 4, "intermediate_size": 64} if family == "roberta" else {}
     folder, kv_heads = save_model(family, tmp_path / "model", **sizes), 2 if family == "llama" else 4
     table = table_of(kv_heads)
-    expected = (written_out if family in ("bert", "roberta") else plainly)(folder, table, kv_heads)
+    expected = plainly(folder, table, kv_heads, masked=family in ("bert", "roberta"))
     assert all(float(gradient.abs().max()) > 1e-4 for gradient in expected[1].split(1)[:4])  # first token's, each layer
     layouts = [{}, {"activation_checkpointing": True}]
     (found,) = run_ranks(1, figures, folder, layouts, table, SPEEDS)
@@ -132,7 +99,7 @@ def test_layouts_agree(family, kv_heads, tmp_path):
     """Two ranks: tensor parallel, also where both hold the one key-value head; ZeRO 3; and both."""
     sizes = {"num_key_value_heads": kv_heads} if family == "llama" else {}
     folder, table = save_model(family, tmp_path / "model", **sizes), table_of(kv_heads)
-    expected = (written_out if family == "bert" else plainly)(folder, table, kv_heads)
+    expected = plainly(folder, table, kv_heads, masked=family == "bert")
     divided = [{"tensor_parallel": 2}, {"tensor_parallel": 2, "zero_stage": 3, "activation_checkpointing": True}]
     for layouts in divided, [{}, {"zero_stage": 3}]:
         for found in run_ranks(2, figures, folder, layouts, table, [{}]):

@@ -39,6 +39,18 @@ def test_leading_tokens_of_a_group_stand_once_in_front():
     assert packed.visible[4, 0].int().tolist() == [1, 1, 0, 1, 0, 0]  # a shorter prefix
 
 
+def test_a_deep_prompt_stands_before_what_a_group_shares():
+    given = {"masked": False, "device": CPU, "share_leads": True, "virtual_tokens": 2}
+    packed = pack([LONG, SHORT, OTHER, OTHER], [5, 3, 2, 2], [0, 0, 1, 1], prompts=[4, 4, 9, 9], **given)
+    assert packed.slots.tolist() == [[-1, -2, 5, -4, 9, 6, 7, -3, 8, 9, 9]]
+    assert packed.positions.tolist() == [[2, 3, 4, 2, 3, 5, 6, 7, 5, 4, 4]]
+    assert packed.prompts.tolist() == [4, 9, 4, 4, 9, 9]  # the shared tokens' own, then the examples'
+    assert (packed.prefix_length, packed.lead_length) == (5, 3)
+    assert packed.visible[0, 0].int().tolist() == [1, 1, 0, 0, 0, 1, 0, 0]
+    assert packed.visible[2, 0].int().tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert packed.visible[4, 0].int().tolist() == [1, 1, 1, 1, 0, 1, 0, 0]
+
+
 def test_an_answers_own_token_is_never_shared():
     packed = pack([SHORT, SHORT], [3, 3], [0, 0], masked=False, device=CPU, share_leads=True)
     assert packed.slots.tolist() == [[-1, -2, 5, 8, 8]]
@@ -69,8 +81,9 @@ def test_attention_behind_a_context_is_torchs_attention_over_both():
     wanted = torch.nn.functional.scaled_dot_product_attention(
         queries, torch.cat([context[0], keys], 2), torch.cat([context[1], values], 2), attn_mask=mask, scale=0.3
     )
-    found = packed_attention._behind_context(queries, keys, values, context, mask, 0.3)
-    assert torch.allclose(found, wanted, atol=1e-6)
+    for fused in (False, True):
+        found = packed_attention._behind_context(queries, keys, values, context, mask, 0.3, fused)
+        assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_an_example_may_be_read_at_several_positions():

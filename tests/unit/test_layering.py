@@ -37,7 +37,7 @@ tasks.superglue.readers  tasks.superglue.loading  tasks.superglue.metrics  tasks
 prompts                 prompts.tokens  prompts.shortening  prompts.template  prompts.verbalizer
 prompts.label_words     prompts.encoder  prompts.grouped  prompts.encoder_stack  prompts.bank
 baselines               pattern_examples        option_examples  classifier_examples
-examples                superglue_examples  batches  scoring  option_scoring  evaluation
+examples                superglue_data  superglue_examples  batches  scoring  option_scoring  evaluation
 long_answers
 jobs                    training_report  training_state
 trainer                 option_models  preparation      soft_labels  pet

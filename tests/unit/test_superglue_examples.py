@@ -9,7 +9,8 @@ from megaptune.config import load_config, validate
 from megaptune.errors import DataError
 from megaptune.patterns import load_patterns
 from megaptune.prompts.tokens import TokenForms
-from megaptune.superglue_examples import hold_out, limited, load_superglue, prepare_superglue
+from megaptune.superglue_data import hold_out, limited, load_superglue
+from megaptune.superglue_examples import prepare_superglue
 from megaptune.tasks.superglue.loading import load_split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,9 +21,10 @@ def root(tmp_path_factory) -> Path:
     return write_superglue(tmp_path_factory.mktemp("superglue"))
 
 
-def prepared(root: Path, tokenizer, task: str, kind: str = "causal", methods=("ptuning",), **more):
+def prepared(root: Path, tokenizer, task: str, kind: str = "causal", methods=("ptuning",), deep=None, **more):
     book = {name: patterns.model_dump() for name, patterns in load_patterns(PATTERNS).items()}
     sections = {"task": {"tasks": [task], **more}, "methods": list(methods), "patterns": book}
+    sections |= {"prompt": {"deep": deep}} if deep else {}
     raw = settings(root, Path("nowhere"), Path("run"), **sections)
     del raw["defaults"]
     config = validate(raw, "test")
@@ -77,6 +79,37 @@ def test_wsc_learns_from_what_is_meant_and_is_judged_on_all(root: Path, tokenize
     best = [0 if example.record.label == "true" else 1 for example in encoded.test]
     assert task.figures(encoded, "test", best) == {"accuracy": 1.0, "score": 1.0}
     assert task.figures(encoded, "test", [0] * len(best))["accuracy"] == 0.5
+
+
+def test_behind_a_deep_prompt_patterns_have_no_pseudo_tokens_and_stand_once(root: Path, tokenizers):
+    """Patterns that differ in their pseudo tokens alone are one."""
+    tokenizer, methods = tokenizers("llama"), ("ptuning", "deep_ptuning")
+    task = prepared(root, tokenizer, "COPA", methods=methods, deep={"length": 3}, ptuning={"COPA": "all"})
+    behind = {name: encoded for (use, name), encoded in task.found.items() if use == "deep"}
+    assert list(behind) == ["anchored", "plain"]
+    assert list(task.swept) == ["anchored", "plain", "anchored_wide", "plain_wide"]
+    assert behind["plain"].template.text == "{premise:unended} {connective} [answer]."
+    for encoded in behind.values():
+        assert encoded.rows == 0
+        assert not any(slot < 0 for example in encoded.train for slots in example.inputs for slot in slots)
+        assert encoded.deep_words == encoded.train[0].inputs[0][:3]
+    manual = {"length": 3, "input": "manual", "init": "random"}
+    (encoded,) = prepared(root, tokenizer, "COPA", methods=["deep_ptuning"], deep=manual).prompts
+    assert (encoded.name, encoded.deep_words) == ("plain", None)
+
+
+def test_a_deep_prompt_takes_its_length_from_the_context(root: Path, tokenizers):
+    """Of 400 tokens; ReCoRD's inputs may have 512."""
+
+    def longest(length: int) -> int:
+        deep = {"length": length, "input": "manual"}
+        (encoded,) = prepared(root, tokenizers("llama"), "ReCoRD", methods=["deep_ptuning"], deep=deep).prompts
+        return max(len(slots) for example in encoded.test for slots in example.inputs)
+
+    whole = longest(1)
+    assert whole - 10 < longest(400 - whole + 5) <= whole - 5
+    with pytest.raises(DataError, match=r"it may have 3\..*context holds 400, and a deep prompt takes 397 of them"):
+        longest(397)
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
