@@ -58,11 +58,10 @@ class PatternEncoder:
             raise DataError(f"{task}: the pattern {pattern.text!r} is not meant for {kind} backbones")
         self.task, self.forms, self.extra_masks = task, forms, patterns.extra_masks
         self.max_tokens = min(patterns.max_tokens, context_tokens - virtual_tokens)
-        # What is told where that is too short.
-        self.context = (
-            f"; the backbone's context holds {context_tokens}, and a deep prompt takes {virtual_tokens} of them"
-        )
-        self.context = self.context if virtual_tokens and self.max_tokens < patterns.max_tokens else ""
+        self.why_short = ""
+        if virtual_tokens and self.max_tokens < patterns.max_tokens:
+            holds = f"; the backbone's context holds {context_tokens}"
+            self.why_short = f"{holds}, and a deep prompt takes {virtual_tokens} of them"
         self.template = Template(pattern.text, kind)
         self.label_words: LabelWords | None = None
         if pattern.verbalizer is not None:
@@ -78,7 +77,7 @@ class PatternEncoder:
         try:
             return self._encoded(record, first_row)
         except InputTooLong as error:
-            raise InputTooLong(f"{error}{self.context}") from None
+            raise InputTooLong(f"{error}{self.why_short}") from None
 
     def _encoded(self, record: SuperGlueRecord, first_row: int) -> LabelExample | ChoiceExample:
         if self.label_words is not None:

@@ -89,9 +89,8 @@ class TrainingState:
         steps = {training.name: training.step for training in active}
         steps |= {training.name: 0 for training in waiting}
         self.monitor.rewind(steps)
-        for (step, total), names in _by_step(active).items():
-            who = names[0] if len(names) == 1 else f"{len(names)} jobs ({names[0]} to {names[-1]})"
-            self.monitor.say(f"{who}  resumed at step {step} of {total}")
+        for line in resumed(active):
+            self.monitor.say(line)
         return found.state["step"], active, waiting, diverged
 
     def _load(self, found: Checkpoint, active: list[Training], saved: dict[str, Any]) -> None:
@@ -112,9 +111,13 @@ class TrainingState:
             self.checkpoints.clear()
 
 
-def _by_step(trainings: list[Training]) -> dict[tuple[int, int], list[str]]:
-    """The names of those that have done as many steps of as many."""
-    found: dict[tuple[int, int], list[str]] = {}
+def resumed(trainings: list[Training]) -> list[str]:
+    """A line for those that have done as many steps of as many."""
+    names: dict[tuple[int, int], list[str]] = {}
     for training in trainings:
-        found.setdefault((training.step, training.total_steps), []).append(training.name)
-    return found
+        names.setdefault((training.step, training.total_steps), []).append(training.name)
+    return [
+        (found[0] if len(found) == 1 else f"{len(found)} jobs ({found[0]} to {found[-1]})")
+        + f"  resumed at step {step} of {total}"
+        for (step, total), found in names.items()
+    ]

@@ -156,10 +156,9 @@ def shard_table(shapes: Shapes, layout: Layout) -> Table:
 def batch_table(config: Config, tasks: list[Lengths], layout: Layout) -> Table:
     """Which replica computes which micro-batches in the first steps, of all jobs that share these steps."""
     jobs = first_jobs(config, tasks)
-    title = (
-        f"first steps of {jobs[0][0].name}, seed {jobs[0][1]}" if len(jobs) == 1 else f"first steps of {len(jobs)} jobs"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold")
+    (first_task, first_seed), *others = jobs
+    whose = f"{len(jobs)} jobs" if others else f"{first_task.name}, seed {first_seed}"
+    table = Table(title=f"first steps of {whose}", title_justify="left", title_style="bold")
     for column in ("step", "replica", "ranks", "micro-batches", "examples", "tokens"):
         table.add_column(column, justify="right" if column != "examples" else "left")
     for step in range(SHOWN_STEPS):
@@ -175,7 +174,7 @@ def batch_table(config: Config, tasks: list[Lengths], layout: Layout) -> Table:
             ranks = f"{first}" if layout.tensor_parallel == 1 else f"{first} to {first + layout.tensor_parallel - 1}"
             together = [member for piece in mine for member in piece]
             shown = f"{len(together)} of {len({member.job for member in together})} jobs"
-            if len(jobs) == 1:
+            if not others:
                 shown = " | ".join(", ".join(str(member.example) for member in piece) for piece in mine)
             tokens = sum(member.length for member in together)
             table.add_row(str(step + 1), str(replica), ranks, str(len(mine)), shown, str(tokens))

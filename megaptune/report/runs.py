@@ -231,13 +231,8 @@ def _jobs(run: Run) -> Iterable[JobRecord]:
                     yield JobRecord(task, method, seed, "", "not started", "", {}, {})
 
 
-_MAPPINGS = (
-    "counts",
-    "candidates",
-    "baselines",
-    "baselines_of",
-    "splits",
-)  # of a result, left out where they are something else
+# Of a result, left out where they are something else.
+_MAPPINGS = ("counts", "candidates", "baselines", "baselines_of", "splits")
 
 
 def _job(run: Run, folder: Path, method: str, seed: int | None, variant: str) -> JobRecord:

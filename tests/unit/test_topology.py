@@ -47,7 +47,7 @@ def test_every_launchers_names_mean_the_same_place(environment: dict[str, str], 
 
 
 def test_nothing_set_is_one_process():
-    found = read_environment({"HOME": "/home/somebody"})
+    found = read_environment({"HOME": "somewhere"})
     assert found == Topology(0, 1, 0, 1, "none")
     assert found.is_main
 
